@@ -1,0 +1,170 @@
+"""A decoder-only transformer of the Llama/Qwen family, small enough to read in one sitting.
+
+Pre-norm blocks: x += Attention(RMSNorm(x)); x += SwiGLU(RMSNorm(x)), with rotary positions in the half-rotation
+convention and grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (and, with
+`qkv_bias`, `Qwen2Model`), so that a checkpoint of that family loads by name.
+
+What a query may see is not this file's business. A layer computes q, k and v and hands them to `attend`, which returns
+the attention output: the full pass attends to its own keys, the sampler to a small cache, the learner to a prompt that
+it computed once. That is how one set of layers serves all three, and why the mask is written in one place, kernel.py.
+
+Departures from the family: no dropout (its papers train without), no attention bias on the output projection.
+
+Dimension letters: B sequences, T positions, L layers, C model width, H query heads, G kv heads (H/G query heads share
+one), D head dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernel import NEVER, shadow_attention
+
+# attend(l, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: what layer l's new queries read, given their own new keys and values
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab: int
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 352
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False  # Qwen2 has it, Llama has not
+    tied: bool = True  # the output head shares the embedding's weights
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def padding_record(pad_B: Tensor, T: int) -> Tensor:
+    """evicted_at (B, 1, T) of left-padded sequences from which nothing has been evicted: 0 for padding, else NEVER."""
+    return torch.where(torch.arange(T, device=pad_B.device) < pad_B[:, None], 0, NEVER).to(torch.int32)[:, None]
+
+
+def rope_positions(pad_B: Tensor, T: int) -> Tensor:
+    """Positions (B, T) of left-padded sequences: the column less the padding before it; padding itself stands at 0."""
+    return (torch.arange(T, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(position_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position · theta^(-2d/D), each (B, 1, T, D), the two halves of D alike (RoFormer 2104.09864)."""
+    # float64 angles: float32 would lose the fraction of a turn at long positions
+    freq = theta ** -(torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float64) / head_dim)
+    angle_B1TD = (position_BT[:, None, :, None].double() * freq).repeat(1, 1, 1, 2)
+    return angle_B1TD.cos().to(dtype), angle_B1TD.sin().to(dtype)
+
+
+def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
+    """Rotate each pair (d, d + D/2) by the angle of its position."""
+    lo, hi = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos_B1TD + torch.cat((-hi, lo), dim=-1) * sin_B1TD
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        q, k, v = (
+            proj(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # keys are stored rotated by their true position, so evicting a neighbour never moves them
+        out_BHTD = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.ffn, bias=False)
+        self.up_proj = nn.Linear(c.width, c.ffn, bias=False)
+        self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.mlp = SwiGLU(c)
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, attend)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class TinyModel(nn.Module):
+    """Tokens in, final hidden states out; `logits` turns those of them that are needed into logits."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        # unit-variance outputs from unit-variance inputs; what writes into the residual stream scaled by its 2L writers.
+        # GPT-2's flat 0.02 suits its width of 768: at 128 it is so small that retrieval is learned several times later
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.ndim == 2:
+                std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(
+                    p, std=std * (2 * config.layers) ** -0.5 if writes_residual else std, generator=generator
+                )
+
+    def extend(self, tokens_BT: Tensor, position_BT: Tensor, attend: Attend) -> Tensor:
+        """Pass new tokens through all layers, against whatever keys and values `attend` supplies: hidden (B, T, C)."""
+        x_BTC = self.embed_tokens(tokens_BT)
+        rope = rope_tables(position_BT, self.config.head_dim, self.config.rope_theta, x_BTC.dtype)
+        for l, layer in enumerate(self.layers):
+            x_BTC = layer(x_BTC, rope, partial(attend, l))
+        return self.norm(x_BTC)
+
+    def forward(self, tokens_BT: Tensor, pad_B: Tensor, backend: str | None = None) -> Tensor:
+        """Full causal pass over left-padded sequences, pad_B columns of padding each: hidden (B, T, C)."""
+        T = tokens_BT.shape[1]
+        evicted_at_BGT = padding_record(pad_B, T).expand(-1, self.config.kv_heads, -1)
+
+        def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return shadow_attention(q, k, v, evicted_at_BGT, backend=backend)
+
+        return self.extend(tokens_BT, rope_positions(pad_B, T), attend)
+
+    def logits(self, hidden_XC: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        return self.lm_head(hidden_XC)
