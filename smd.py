@@ -82,6 +82,7 @@ class Settings:
         None, "most supervised steps for the base policy (default: 2000; with --data 100)", 0
     )
     warmup_until: float = opt(0.36, "stop the supervised steps once a right answer has this probability", 0)
+    warmup_drop: float = opt(0.5, "share of the prompt's keys that are hidden from the answer in a supervised step", 0)
     warmup_lr: float = opt(3e-3, "learning rate of the supervised steps", 0)
     warmup_batch: int = opt(64, "examples per supervised step", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
@@ -183,16 +184,21 @@ class Chain:
         self.lessons = [n for n in (4, 6, 8) if n < letters]
         self.examples = self.draw(1, numpy_stream(0, PROMPTS))  # all of them have the same lengths
 
-    def draw(self, count: int, rng: np.random.Generator, lesson: int | None = None) -> list[Example]:
-        """Examples of the task or, as a lesson, of a shorter cycle that is followed all the way round."""
+    def draw(self, count: int, rng: np.random.Generator, lesson: int | None = None, slip: float = 0.0) -> list[Example]:
+        """Examples of the task or, as a lesson, of a shorter cycle that is followed all the way round.
+
+        slip: chance that a hop of the answer goes to any letter instead of the next, and on from there.
+        """
         letters, hops = (lesson, lesson - 1) if lesson else (self.letters, self.hops)
         examples = []
         for _ in range(count):
             name = [chr(ord("a") + i) for i in rng.permutation(self.letters)[:letters]]
             edges = [name[i - 1] + name[i] for i in rng.permutation(letters)]
-            start = rng.integers(letters)
-            path = [name[(start + h) % letters] for h in range(hops + 1)]
-            examples.append(Example("".join(edges) + "?" + path[0], "".join(path[1:])))
+            path = [int(rng.integers(letters))]
+            for _ in range(hops):
+                path.append(int(rng.integers(letters)) if rng.random() < slip else (path[-1] + 1) % letters)
+            text = "".join(name[i] for i in path)
+            examples.append(Example("".join(edges) + "?" + text[0], text[1:]))
         return examples
 
     def held_out(self, count: int) -> list[Example]:
@@ -855,15 +861,21 @@ class Agent:
             result[name] = accuracy(texts, held_out)
         return result
 
-    def answer_logp(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Dense log-probs of the right answers, end of text included: (B, R), and their mask."""
+    def answer_logp(self, examples: list[Example], drop: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Log-probs of the right answers, end of text included, (B, R), and their mask.
+
+        Each layer and kv head loses a random share `drop` of the prompt's keys when the prompt ends.
+        """
         (prompt_BP, pad_B), eos, device = self.prompts(examples), self.encoding.eot_token, self.s.device
         answers = [self.encoding.encode_ordinary(e.answer) + [eos] for e in examples]
-        R = max(map(len, answers))
+        R, P = max(map(len, answers)), prompt_BP.shape[1]
         answer_BR = torch.tensor([row + [eos] * (R - len(row)) for row in answers], device=device)
         mask_BR = torch.arange(R, device=device) < torch.tensor([[len(row)] for row in answers], device=device)
-        hidden_BTC = self.model(torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1), pad_B, self.s.backend)
-        logits_XV = self.model.logits(hidden_BTC[:, prompt_BP.shape[1] - 1 :][mask_BR])
+        record_LBGT = padding_record(pad_B, P + R - 1).repeat(self.config.layers, 1, self.config.kv_heads, 1)
+        dropped = torch.rand(record_LBGT[..., :P].shape, generator=generator, device=device) < drop
+        record_LBGT[..., :P] = record_LBGT[..., :P].masked_fill(dropped, P).minimum(record_LBGT[..., :P])
+        hidden_BTC = self.model(torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1), pad_B, record_LBGT, self.s.backend)
+        logits_XV = self.model.logits(hidden_BTC[:, P - 1 :][mask_BR])
         logp_X = token_logp(logits_XV, answer_BR[mask_BR])
         return logp_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, logp_X), mask_BR
 
@@ -880,7 +892,8 @@ class Agent:
         with tqdm(range(s.warmup_steps), desc="warm-up", leave=False) as bar:
             for step in bar:
                 examples = self.task.draw(s.warmup_batch, numpy_stream(s.warmup_seed, WARMUP, step), lessons[0])
-                logp_BR, mask_BR = self.answer_logp(examples)
+                generator = torch_stream(s.device, s.warmup_seed, WARMUP, step)
+                logp_BR, mask_BR = self.answer_logp(examples, s.warmup_drop, generator)
                 # a running mean over examples that are new to the model, and so a held-out estimate
                 right += 0.1 * (logp_BR.detach().sum(dim=1).exp().mean().item() - right)
                 bar.set_postfix(right=f"{right:.2f}")

@@ -155,15 +155,13 @@ class TinyModel(nn.Module):
             x_BTC = layer(x_BTC, rope, partial(attend, l))
         return self.norm(x_BTC)
 
-    def forward(self, tokens_BT: Tensor, pad_B: Tensor, backend: str | None = None) -> Tensor:
-        """Full causal pass over left-padded sequences, pad_B columns of padding each: hidden (B, T, C)."""
-        T = tokens_BT.shape[1]
-        evicted_at_BGT = padding_record(pad_B, T).expand(-1, self.config.kv_heads, -1)
+    def forward(self, tokens_BT: Tensor, pad_B: Tensor, record_LBGT: Tensor, backend: str | None = None) -> Tensor:
+        """Full pass over sequences left-padded by pad_B columns, under the mask that evicted_at describes: (B, T, C)."""
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return shadow_attention(q, k, v, evicted_at_BGT, backend=backend)
+            return shadow_attention(q, k, v, record_LBGT[l], backend=backend)
 
-        return self.extend(tokens_BT, rope_positions(pad_B, T), attend)
+        return self.extend(tokens_BT, rope_positions(pad_B, tokens_BT.shape[1]), attend)
 
     def logits(self, hidden_XC: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
