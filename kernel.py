@@ -23,10 +23,12 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
     j = torch.arange(Tk, device=q.device)
     hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
     hidden = hidden.repeat(1, 1, H // G, 1)  # [B, G, H/G * Tq, Tk]: the rows of the query heads that share a kv head
-    score = q.reshape(B, G, H // G * Tq, D) @ k.transpose(-1, -2) * D**-0.5
+    # accumulated in float64: then float32 results do not depend on the order or the number of the hidden keys, and a
+    # learner with the whole sequence before it reproduces the sampler's small cache to the bit
+    score = q.double().reshape(B, G, H // G * Tq, D) @ k.double().transpose(-1, -2) * D**-0.5
     # a finite floor instead of -inf: a row that sees nothing must give zeros and zero gradients, not NaN
-    weight = score.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(dim=-1).masked_fill(hidden, 0)
-    return (weight @ v).view(B, H, Tq, D)
+    weight = score.masked_fill(hidden, torch.finfo(score.dtype).min).softmax(dim=-1).masked_fill(hidden, 0)
+    return (weight @ v.double()).view(B, H, Tq, D).to(q.dtype)
 
 
 BACKENDS = {"torch": attention_torch}
@@ -47,7 +49,7 @@ def shadow_attention(
     and has zero gradients. backend: a name in BACKENDS, or None for the best one for q's device.
     Raises ValueError where the shapes do not fit together, evicted_at is not int32, or the backend is unknown.
     """
-    B, H, Tq, D = q.shape
+    B, H, _, D = q.shape
     G, Tk = k.shape[1:3]
     if k.shape != (B, G, Tk, D) or v.shape != k.shape or evicted_at.shape != (B, G, Tk):
         raise ValueError(

@@ -1,28 +1,28 @@
 """Shadow Mask Distillation (arXiv 2605.06850): reinforcement learning with a sampler that forgets.
 
-The sampler decodes with a small KV cache and drops entries for good, so π_sparse answers under a context that shrinks. A
-learner that scores the answer under the full context follows the gradient of another policy. Here the sampler records
+The sampler decodes with a small KV cache and drops entries for good, so π_sparse answers under a context that shrinks.
+A learner that scores the answer under the full context follows the gradient of another policy. Here the sampler records
 the one integer that is each key's life, evicted_at, and the learner replays exactly what was seen:
 
     visible(i, j) = j <= i < evicted_at[j]                                   query i, key j
     loss = GRPO(π_shadow) + λ · KL(π_dense ‖ stop-gradient(π_shadow))        λ = 0.1
 
-π_shadow, the learner under that mask, equals π_sparse, so its policy gradient (track 1) is on-policy; π_dense, the learner
-under the full causal mask, follows it (track 2), so that the trained model also serves with a full cache.
+π_shadow, the learner under that mask, equals π_sparse, so its policy gradient (track 1) is on-policy. π_dense, the
+learner under the full causal mask, follows it (track 2), so that the trained model also serves with a full cache.
 
-Departures from the paper: (1) a tiny model and toy-sized tasks; (2) the policy loss is divided by sequences × the longest
-possible response, not by each response's own length, so that all tokens weigh the same; (3) the KL of track 2 is averaged
-over the batch's response tokens; (4) one update per batch of rollouts unless `--epochs` says otherwise; (5) the S samples
-of a prompt share its prefill and therefore what is evicted right after it.
+Departures from the paper: (1) a tiny model and toy-sized tasks; (2) the policy loss is divided by sequences × the
+longest possible response, not by each response's own length, so that all tokens weigh the same; (3) the KL of track 2
+is averaged over the batch's response tokens; (4) one update per batch of rollouts unless `--epochs` says otherwise;
+(5) the S samples of a prompt share its prefill and therefore what is evicted right after it.
 
     python smd.py                                      the main job: 200 steps on the chain task
     python smd.py --data FILE.jsonl                    the same on prompts and answers of your own
     python smd.py --resume --out out/smd-001           go on after an interruption
 
 Dimension letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns,
-T = P + R, K cached keys, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, V vocabulary, X all
-response tokens in one row. A column counts from the left edge of the padded batch and is the position in the rule above;
-the RoPE position is the column less the padding before it.
+T = P + R, K cached keys, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, V vocabulary, X
+all response tokens in one row. A column counts from the left edge of the padded batch and is the position in the rule
+above; the RoPE position is the column less the padding before it.
 """
 
 import argparse
@@ -64,34 +64,26 @@ def opt(default, help: str, low: float | None = None, among: Callable | None = N
 
 @dataclass(frozen=True)
 class Settings:
-    data: str | None = opt(
-        None, "JSONL of prompt and answer, or of GSM8K's question and answer (default: the chain task)"
-    )
+    data: str | None = opt(None, "JSONL of prompt and answer or GSM8K's question and answer (default: chain task)")
     encoding: str = opt("bytes", "'bytes', which downloads nothing, or the name of one of tiktoken's encodings")
     letters: int = opt(16, "chain: length of the cycle whose edges the prompt lists, at most 26", 2)
     hops: int = opt(6, "chain: letters in the answer", 1)
-    context: int | None = opt(
-        None, "longest prompt and response together, in tokens (default: 128; with --data 2048)", 1
-    )
+    context: int | None = opt(None, "longest prompt plus response, in tokens (default: 128; with --data 2048)", 1)
     max_new: int | None = opt(None, "longest response, in tokens (default: hops + 1; with --data 128)", 1)
     width: int = opt(128, "model width", 1)
     layers: int = opt(3, "model layers", 1)
     heads: int = opt(4, "query heads", 1)
-    kv_heads: int = opt(2, "key-value heads, each shared by heads / kv-heads query heads", 1)
-    warmup_steps: int | None = opt(
-        None, "most supervised steps for the base policy (default: 2000; with --data 100)", 0
-    )
-    warmup_until: float = opt(0.36, "stop the supervised steps once a right answer has this probability", 0)
-    warmup_drop: float = opt(0.5, "share of the prompt's keys that are hidden from the answer in a supervised step", 0)
-    warmup_lr: float = opt(3e-3, "learning rate of the supervised steps", 0)
-    warmup_batch: int = opt(64, "examples per supervised step", 1)
+    kv_heads: int = opt(4, "key-value heads, each shared by heads / kv-heads query heads", 1)
+    warmup_steps: int | None = opt(None, "supervised steps of the base policy (default: 250; with --data 100)", 0)
+    warmup_drop: float = opt(0.3, "supervised steps: share of the prompt's keys that are hidden from the answer", 0)
+    warmup_slip: float = opt(0.13, "chain, supervised steps: chance that a hop of the answer is wrong", 0)
+    warmup_lr: float = opt(3e-3, "supervised steps: learning rate", 0)
+    warmup_batch: int = opt(64, "supervised steps: examples per step", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
     method: str = opt("smd", "what the learner sees, and what it calls the old log-prob", among=lambda: METHODS)
     lam: float = opt(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
     policy: str = opt("snapkv", "eviction policy", among=lambda: POLICIES)
-    budget: int | float | None = opt(
-        None, "cached keys kept: a count (18) or a share of the prompt (0.5; default with --data)"
-    )
+    budget: int | float | None = opt(None, "keys kept: count or share of the prompt (default: 18; with --data 0.5)")
     interval: int = opt(4, "response tokens between two compressions of the cache", 1)
     window: int = opt(4, "observation window of snapkv, rkv and random, in queries", 1)
     sinks: int = opt(1, "first keys, which streaming, snapkv and random always keep", 0)
@@ -106,12 +98,8 @@ class Settings:
     eval_prompts: int = opt(1024, "held-out prompts of the evaluation before and after, at most", 1)
     diag_every: int = opt(10, "steps between two measurements of KL(sparse ‖ dense)", 1)
     save_every: int = opt(20, "steps between two checkpoints", 1, free=True)
-    device: str | None = opt(
-        None, "device (default: cuda where there is one)", among=lambda: ("cpu", "cuda"), free=True
-    )
-    backend: str | None = opt(
-        None, "attention (default: best for the device)", among=lambda: kernel.BACKENDS, free=True
-    )
+    device: str | None = opt(None, "default: cuda where there is one", among=lambda: ("cpu", "cuda"), free=True)
+    backend: str | None = opt(None, "attention; default: by device", among=lambda: kernel.BACKENDS, free=True)
     out: str | None = opt(None, "folder of the run (default: a new one under out/)", free=True)
     cache: str = opt("out/cache", "folder in which base policies are kept", free=True)
     resume: bool = opt(False, "continue the run in --out; what is not given is taken from it", free=True)
@@ -134,7 +122,7 @@ def checked(s: Settings) -> Settings:
         if value is not None and among and value not in among():
             raise UsageError(f"{flag(f.name)} must be one of {', '.join(among())}, got {value!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chain = dict(context=128, max_new=s.hops + 1, budget=18, warmup_steps=2000, device=device)
+    chain = dict(context=128, max_new=s.hops + 1, budget=18, warmup_steps=250, device=device)
     text = dict(context=2048, max_new=128, budget=0.5, warmup_steps=100, device=device)
     missing = {k: v for k, v in (chain if s.data is None else text).items() if getattr(s, k) is None}
     s = dataclasses.replace(s, **missing)
@@ -177,29 +165,29 @@ class Chain:
     hop before it, so a compressed prompt may have lost what is needed later.
     """
 
-    def __init__(self, letters: int, hops: int):
-        self.letters, self.hops = letters, hops
+    def __init__(self, letters: int, hops: int, slip: float):
+        self.letters, self.hops, self.slip = letters, hops, slip
         # a letter stands in the list as a source and as a target, and only the place, odd or even, tells them apart:
         # hard to learn on a long list, easy on a short one, and what is learned there carries over
         self.lessons = [n for n in (4, 6, 8) if n < letters]
         self.examples = self.draw(1, numpy_stream(0, PROMPTS))  # all of them have the same lengths
 
-    def draw(self, count: int, rng: np.random.Generator, lesson: int | None = None, slip: float = 0.0) -> list[Example]:
-        """Examples of the task or, as a lesson, of a shorter cycle that is followed all the way round.
+    def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
+        return [self.example(rng, self.letters, self.hops, 0.0) for _ in range(count)]
 
-        slip: chance that a hop of the answer goes to any letter instead of the next, and on from there.
-        """
-        letters, hops = (lesson, lesson - 1) if lesson else (self.letters, self.hops)
-        examples = []
-        for _ in range(count):
-            name = [chr(ord("a") + i) for i in rng.permutation(self.letters)[:letters]]
-            edges = [name[i - 1] + name[i] for i in rng.permutation(letters)]
-            path = [int(rng.integers(letters))]
-            for _ in range(hops):
-                path.append(int(rng.integers(letters)) if rng.random() < slip else (path[-1] + 1) % letters)
-            text = "".join(name[i] for i in path)
-            examples.append(Example("".join(edges) + "?" + text[0], text[1:]))
-        return examples
+    def supervised(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
+        """Demonstrations: a lesson is a shorter cycle followed all the way round; in the task itself some hops slip."""
+        kind = (self.letters, self.hops, self.slip) if lesson is None else (lesson, lesson - 1, 0.0)
+        return [self.example(rng, *kind) for _ in range(count)]
+
+    def example(self, rng: np.random.Generator, letters: int, hops: int, slip: float) -> Example:
+        name = [chr(ord("a") + i) for i in rng.permutation(self.letters)[:letters]]
+        edges = [name[i - 1] + name[i] for i in rng.permutation(letters)]
+        path = [int(rng.integers(letters))]
+        for _ in range(hops):
+            path.append(int(rng.integers(letters)) if rng.random() < slip else (path[-1] + 1) % letters)
+        text = "".join(name[i] for i in path)
+        return Example("".join(edges) + "?" + text[0], text[1:])
 
     def held_out(self, count: int) -> list[Example]:
         return self.draw(count, numpy_stream(0, EVALUATION))
@@ -223,8 +211,11 @@ class TextFile:
         held = max(1, len(self.examples) // 10)
         self.train, self.test = self.examples[:-held], self.examples[-held:]
 
-    def draw(self, count: int, rng: np.random.Generator, lesson: None = None) -> list[Example]:
+    def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.train[i] for i in rng.choice(len(self.train), count, replace=count > len(self.train))]
+
+    def supervised(self, count: int, rng: np.random.Generator, lesson: None) -> list[Example]:
+        return self.draw(count, rng)
 
     def held_out(self, count: int) -> list[Example]:
         return self.test[:count]
@@ -529,21 +520,20 @@ class Cache:
         self.peak = max(self.peak, storage_bytes(*own, *transient))
 
     def prefill(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend densely within the prompts, then store what the budget allows of this layer's keys, for all samples."""
+        """Attend densely within the prompts, then store what the budget allows of this layer's keys for all samples."""
         N, G, P, _ = k.shape
         by_prompt = self.evicted_at[l].unflatten(0, (N, -1))  # a view (N, S, G, T)
         record_NGP, column_P = by_prompt[:, 0, :, :P], torch.arange(P, device=k.device)
         out = shadow_attention(q, k, v, record_NGP, backend=self.backend)
         recent_W = column_P[max(0, P - len(self.q_column)) :]
-        live_NGP, column_NGP = record_NGP == NEVER, column_P.expand(N, G, P)
-        e = Entries(
-            self, k, v, column_NGP, live_NGP, None, q[:, :, recent_W], recent_W, self.pad_N, self.keep_N, self.now
-        )
+        live_NGP, column_NGP = record_NGP.eq(NEVER), column_P.expand(N, G, P)
+        recent = q[:, :, recent_W], recent_W
+        e = Entries(self, k, v, column_NGP, live_NGP, None, *recent, self.pad_N, self.keep_N, self.now)
         if self.received is not None:
             # 128 queries at a time: P × P weights would be the memory that the cache is there to save
             blocks = (dataclasses.replace(e, q_BHWD=q[:, :, c], q_column_W=c) for c in column_P.split(128))
             e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
-        slot_NGn = select_and_record(e, min(P, self.most), record_NGP) if P > self.least else column_NGP
+        slot_NGn = select_and_record(e, min(P, self.most), record_NGP) if self.least < P else column_NGP
         by_prompt[..., :P] = record_NGP[:, None]
         self.store(l, slot_NGn, e)
         if len(recent_W):
@@ -556,8 +546,9 @@ class Cache:
         """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
         at, column = self.used, self.now - 1
         self.k[l][:, :, at], self.v[l][:, :, at], self.column[l][:, :, at] = k[:, :, 0], v[:, :, 0], column
-        k_BGKD, v_BGKD, live_BGK = self.k[l][:, :, : at + 1], self.v[l][:, :, : at + 1], self.live(l, at + 1)[1]
-        q_BGMD = q[:, :, 0].unflatten(1, (k.shape[1], -1))
+        # in float64, like the plain attention that the learner uses
+        k_BGKD, v_BGKD = (t[l][:, :, : at + 1].double() for t in (self.k, self.v))
+        q_BGMD, live_BGK = q[:, :, 0].double().unflatten(1, (k.shape[1], -1)), self.live(l, at + 1)[1]
         score_BGMK = q_BGMD @ k_BGKD.transpose(-1, -2) * q.shape[-1] ** -0.5
         weight_BGMK = score_BGMK.masked_fill(~live_BGK[:, :, None], -math.inf).softmax(dim=-1)
         if self.received is not None:
@@ -566,10 +557,10 @@ class Cache:
         if len(self.q_column):
             self.q_column[column % len(self.q_column)] = column
             self.q[l][:, :, column % len(self.q_column)] = q[:, :, 0]
-        return (weight_BGMK @ v_BGKD).flatten(1, 2)[:, :, None]
+        return (weight_BGMK @ v_BGKD).flatten(1, 2)[:, :, None].to(q.dtype)
 
     def live(self, l: int, used: int) -> tuple[Tensor, Tensor]:
-        """Columns of the first slots, and which of them hold a key that is neither padding nor evicted: (B, G, used)."""
+        """Columns of the first slots, and which of them hold a key that is neither padding nor evicted (B, G, used)."""
         column_BGK = self.column[l][:, :, :used].long()
         return column_BGK, self.evicted_at[l].gather(-1, column_BGK) == NEVER
 
@@ -581,18 +572,8 @@ class Cache:
         for l in range(len(self.k)):
             k, v = self.k[l][:, :, : self.used], self.v[l][:, :, : self.used]
             received = None if self.received is None else self.received[l][:, :, : self.used]
-            e = Entries(
-                self,
-                k,
-                v,
-                *self.live(l, self.used),
-                received,
-                self.q[l],
-                self.q_column,
-                self.pad_B,
-                self.keep_B,
-                self.now,
-            )
+            recent = self.q[l], self.q_column
+            e = Entries(self, k, v, *self.live(l, self.used), received, *recent, self.pad_B, self.keep_B, self.now)
             self.store(l, select_and_record(e, keep, self.evicted_at[l]), e)
         self.used = keep
 
@@ -722,7 +703,7 @@ def token_logp(logits_XV: Tensor, token_X: Tensor) -> Tensor:
 
 
 def group_advantage(reward_NS: Tensor, eps: float = 1e-6) -> Tensor:
-    """A = (r - mean) / (std + eps) over the samples of a prompt, with the population's std (GRPO, 2402.03300): (N, S)."""
+    """A = (r - mean) / (std + eps) over the samples of a prompt, the population's std (GRPO, 2402.03300): (N, S)."""
     centred_NS = reward_NS - reward_NS.mean(dim=1, keepdim=True)
     return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps)
 
@@ -820,7 +801,7 @@ class Agent:
     def __init__(self, s: Settings):
         """Load the task and check it against the settings: nothing is computed or written before this has passed."""
         self.s, self.encoding = s, load_encoding(s.encoding)
-        self.task = Chain(s.letters, s.hops) if s.data is None else TextFile(s.data)
+        self.task = Chain(s.letters, s.hops, s.warmup_slip) if s.data is None else TextFile(s.data)
         self.eviction = Eviction(s.policy, s.budget, s.interval, s.window, s.sinks)
         self.config = ModelConfig(self.encoding.n_vocab, s.width, s.layers, s.heads, s.kv_heads)
         self.model = TinyModel(self.config, seed=s.warmup_seed).to(s.device)
@@ -853,7 +834,8 @@ class Agent:
 
     def evaluate(self) -> dict:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse and with the full cache."""
-        held_out, result = self.task.held_out(self.s.eval_prompts), {}
+        held_out = self.task.held_out(self.s.eval_prompts)
+        result = {"prompts": len(held_out)}
         for name, evict in (("sparse", True), ("dense", False)):
             texts, generator = [], torch_stream(self.s.device, 0, EVALUATION, 1)
             for i in range(0, len(held_out), 256):
@@ -867,7 +849,7 @@ class Agent:
         Each layer and kv head loses a random share `drop` of the prompt's keys when the prompt ends.
         """
         (prompt_BP, pad_B), eos, device = self.prompts(examples), self.encoding.eot_token, self.s.device
-        answers = [self.encoding.encode_ordinary(e.answer) + [eos] for e in examples]
+        answers = [[*self.encoding.encode_ordinary(e.answer), eos] for e in examples]
         R, P = max(map(len, answers)), prompt_BP.shape[1]
         answer_BR = torch.tensor([row + [eos] * (R - len(row)) for row in answers], device=device)
         mask_BR = torch.arange(R, device=device) < torch.tensor([[len(row)] for row in answers], device=device)
@@ -880,8 +862,8 @@ class Agent:
         return logp_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, logp_X), mask_BR
 
     def warm_up(self) -> None:
-        """Supervised steps on right answers, until one has the probability `warmup_until` under the full cache."""
-        s, lessons, right = self.s, [*self.task.lessons, None], 0.0
+        """Supervised steps: lessons, each until a right answer has probability 0.4, then the task itself."""
+        s, began = self.s, 0
         # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
         weights = dict(self.model.named_parameters())
         matrices = [
@@ -889,24 +871,27 @@ class Agent:
         ]
         muon = torch.optim.Muon(matrices, lr=s.warmup_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(weights.values(), lr=s.warmup_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        with tqdm(range(s.warmup_steps), desc="warm-up", leave=False) as bar:
-            for step in bar:
-                examples = self.task.draw(s.warmup_batch, numpy_stream(s.warmup_seed, WARMUP, step), lessons[0])
-                generator = torch_stream(s.device, s.warmup_seed, WARMUP, step)
-                logp_BR, mask_BR = self.answer_logp(examples, s.warmup_drop, generator)
-                # a running mean over examples that are new to the model, and so a held-out estimate
-                right += 0.1 * (logp_BR.detach().sum(dim=1).exp().mean().item() - right)
-                bar.set_postfix(right=f"{right:.2f}")
-                if len(lessons) == 1 and right >= s.warmup_until:
-                    break
-                if len(lessons) > 1 and right >= 0.5:
-                    lessons, right = lessons[1:], 0.0
-                self.model.zero_grad()
-                (-logp_BR.sum() / mask_BR.sum()).backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                for optimizer in (muon, adamw):
-                    optimizer.param_groups[0]["lr"] = s.warmup_lr * min(1.0, (step + 1) / 50)
-                    optimizer.step()
+        for lesson in (*self.task.lessons, None):
+            right = 0.0
+            with tqdm(range(s.warmup_steps), desc=f"warm-up, {lesson or 'task'}", leave=False) as bar:
+                for step in bar:
+                    key = (s.warmup_seed, WARMUP, lesson or 0, step)
+                    examples = self.task.supervised(s.warmup_batch, numpy_stream(*key), lesson)
+                    logp_BR, mask_BR = self.answer_logp(examples, s.warmup_drop, torch_stream(s.device, *key))
+                    # a running mean over examples that are new to the model
+                    right += 0.1 * (logp_BR.detach().sum(dim=1).exp().mean().item() - right)
+                    bar.set_postfix(right=f"{right:.2f}")
+                    if lesson is not None and right >= 0.4:
+                        break
+                    self.model.zero_grad()
+                    (-logp_BR.sum() / mask_BR.sum()).backward()
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                    # up in 50 steps, and down to zero over the second half of the task
+                    down = 2 - 2 * step / s.warmup_steps if lesson is None else 1.0
+                    began += 1
+                    for optimizer in (muon, adamw):
+                        optimizer.param_groups[0]["lr"] = s.warmup_lr * min(1.0, began / 50, down)
+                        optimizer.step()
 
     def load_base(self) -> None:
         """The policy that RL starts from: out of the cache, or warmed up and put there."""

@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(position_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position · theta^(-2d/D), each (B, 1, T, D), the two halves of D alike (RoFormer 2104.09864)."""
+    """Cosine and sine of position · theta^(-2d/D) (RoFormer, 2104.09864), each (B, 1, T, D), both halves of D alike."""
     # float64 angles: float32 would lose the fraction of a turn at long positions
     freq = theta ** -(torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float64) / head_dim)
     angle_B1TD = (position_BT[:, None, :, None].double() * freq).repeat(1, 1, 1, 2)
@@ -134,8 +134,8 @@ class TinyModel(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        # unit-variance outputs from unit-variance inputs; what writes into the residual stream scaled by its 2L writers.
-        # GPT-2's flat 0.02 suits its width of 768: at 128 it is so small that retrieval is learned several times later
+        # unit variance in, unit variance out; what writes into the residual stream is scaled by the 2L that do.
+        # GPT-2's flat 0.02 suits a width of 768: at 128 retrieval is learned far later with it
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -156,7 +156,7 @@ class TinyModel(nn.Module):
         return self.norm(x_BTC)
 
     def forward(self, tokens_BT: Tensor, pad_B: Tensor, record_LBGT: Tensor, backend: str | None = None) -> Tensor:
-        """Full pass over sequences left-padded by pad_B columns, under the mask that evicted_at describes: (B, T, C)."""
+        """Full pass over sequences left-padded by pad_B columns, under the mask of record_LBGT: hidden (B, T, C)."""
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return shadow_attention(q, k, v, record_LBGT[l], backend=backend)
