@@ -74,11 +74,11 @@ class Settings:
     layers: int = opt(3, "model layers", 1)
     heads: int = opt(4, "query heads", 1)
     kv_heads: int = opt(4, "key-value heads, each shared by heads / kv-heads query heads", 1)
-    warmup_steps: int | None = opt(None, "supervised steps of the base policy (default: 250; with --data 100)", 0)
+    warmup_steps: int | None = opt(None, "supervised steps of the base policy (default: 400; with --data 100)", 0)
     warmup_drop: float = opt(0.3, "supervised steps: share of the prompt's keys that are hidden from the answer", 0)
     warmup_slip: float = opt(0.13, "chain, supervised steps: chance that a hop of the answer is wrong", 0)
     warmup_lr: float = opt(3e-3, "supervised steps: learning rate", 0)
-    warmup_batch: int = opt(64, "supervised steps: examples per step", 1)
+    warmup_batch: int | None = opt(None, "supervised steps: examples per step (default: 64; with --data 8)", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
     method: str = opt("smd", "what the learner sees, and what it calls the old log-prob", among=lambda: METHODS)
     lam: float = opt(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
@@ -87,12 +87,12 @@ class Settings:
     interval: int = opt(4, "response tokens between two compressions of the cache", 1)
     window: int = opt(4, "observation window of snapkv, rkv and random, in queries", 1)
     sinks: int = opt(1, "first keys, which streaming, snapkv and random always keep", 0)
-    lr: float = opt(2e-4, "learning rate of the updates", 0)
+    lr: float = opt(4e-4, "learning rate of the updates", 0)
     lr_warmup: int = opt(20, "steps over which the learning rate rises to --lr", 0)
     clip: float = opt(0.2, "the importance ratio is clipped to 1 ± this; it can only bite with --epochs above 1", 0)
     epochs: int = opt(1, "updates per batch of rollouts", 1)
     steps: int = opt(200, "steps of sampling and learning", 0, free=True)
-    prompts: int = opt(32, "prompts per step", 1)
+    prompts: int | None = opt(None, "prompts per step (default: 32; with --data 8)", 1)
     samples: int = opt(8, "samples per prompt: the group of GRPO", 1)
     seed: int = opt(0, "seed of the training prompts and of the sampler", 0)
     eval_prompts: int = opt(1024, "held-out prompts of the evaluation before and after, at most", 1)
@@ -122,8 +122,10 @@ def checked(s: Settings) -> Settings:
         if value is not None and among and value not in among():
             raise UsageError(f"{flag(f.name)} must be one of {', '.join(among())}, got {value!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chain = dict(context=128, max_new=s.hops + 1, budget=18, warmup_steps=250, device=device)
-    text = dict(context=2048, max_new=128, budget=0.5, warmup_steps=100, device=device)
+    chain = dict(
+        context=128, max_new=s.hops + 1, budget=18, warmup_steps=400, warmup_batch=64, prompts=32, device=device
+    )
+    text = dict(context=2048, max_new=128, budget=0.5, warmup_steps=100, warmup_batch=8, prompts=8, device=device)
     missing = {k: v for k, v in (chain if s.data is None else text).items() if getattr(s, k) is None}
     s = dataclasses.replace(s, **missing)
     for bad, message in (
@@ -496,7 +498,9 @@ class Cache:
     layers attend with. `peak` is the most bytes ever live: these tensors, the record, and the transient of compression.
     """
 
-    def __init__(self, model: TinyModel, pad_N: Tensor, samples: int, P: int, max_new: int, eviction: Eviction | None):
+    def __init__(
+        self, model: TinyModel, pad_N: Tensor, samples: int, P: int, max_new: int, eviction, generator, backend
+    ):
         c, weight = model.config, model.embed_tokens.weight
         # a full cache is one whose budget nothing exceeds
         self.eviction = eviction = eviction or Eviction("streaming", P + max_new, sinks=0)
@@ -513,7 +517,8 @@ class Cache:
         self.k = torch.empty(c.layers, B, c.kv_heads, slots, c.head_dim, **kind)
         self.v = torch.empty_like(self.k)
         self.received = torch.zeros(self.column.shape, **kind) if policy.accumulates else None
-        self.generator, self.backend, self.used, self.now, self.peak = None, None, 0, P, 0
+        self.generator, self.backend = generator, backend
+        self.used, self.now, self.peak = 0, P, 0  # slots in use, column of the next query, most bytes so far
 
     def note(self, *transient: Tensor | None) -> None:
         own = (self.k, self.v, self.column, self.received, self.q, self.q_column, self.evicted_at)
@@ -615,8 +620,8 @@ def sample(
     the model's own can a learner reproduce and improve it.
     """
     (N, P), B = prompt_NP.shape, len(pad_N) * samples
-    cache = Cache(model, pad_N, samples, P, max_new, eviction)
-    cache.generator, cache.backend, pad_B = generator, backend, cache.pad_B
+    cache = Cache(model, pad_N, samples, P, max_new, eviction, generator, backend)
+    pad_B = cache.pad_B
     hidden_NPC = model.extend(prompt_NP, rope_positions(pad_N, P), cache.prefill)
     cache.used = min(P, cache.most)
     hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, dim=0)
@@ -838,8 +843,8 @@ class Agent:
         result = {"prompts": len(held_out)}
         for name, evict in (("sparse", True), ("dense", False)):
             texts, generator = [], torch_stream(self.s.device, 0, EVALUATION, 1)
-            for i in range(0, len(held_out), 256):
-                texts += self.respond(held_out[i : i + 256], 1, evict, generator)[1]
+            for i in range(0, len(held_out), self.s.prompts):
+                texts += self.respond(held_out[i : i + self.s.prompts], 1, evict, generator)[1]
             result[name] = accuracy(texts, held_out)
         return result
 
@@ -862,7 +867,7 @@ class Agent:
         return logp_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, logp_X), mask_BR
 
     def warm_up(self) -> None:
-        """Supervised steps: lessons, each until a right answer has probability 0.4, then the task itself."""
+        """Supervised steps: lessons, each until a right answer has probability 0.5, then the task itself."""
         s, began = self.s, 0
         # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
         weights = dict(self.model.named_parameters())
@@ -881,7 +886,7 @@ class Agent:
                     # a running mean over examples that are new to the model
                     right += 0.1 * (logp_BR.detach().sum(dim=1).exp().mean().item() - right)
                     bar.set_postfix(right=f"{right:.2f}")
-                    if lesson is not None and right >= 0.4:
+                    if lesson is not None and right >= 0.5:
                         break
                     self.model.zero_grad()
                     (-logp_BR.sum() / mask_BR.sum()).backward()

@@ -69,6 +69,25 @@ def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) 
     assert error <= tolerance, f"{name}: max error {error:.1e} > {tolerance:.0e}, RMS ratio {rms:.1e}"
 
 
+# Lemma 0: the model is of the family it claims
+
+
+@pytest.mark.parametrize("family, bias", [("Llama", False), ("Qwen2", True)])
+@torch.no_grad()
+def test_0_weights_of_the_family_load_by_name_and_give_the_same_logits(family, bias):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, family + "Config")(
+        vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = getattr(transformers, family + "ForCausalLM")(config).double().eval()
+    ours = small_model(qkv_bias=bias, tied=False)
+    ours.load_state_dict({name.removeprefix("model."): w for name, w in theirs.state_dict().items()})
+    tokens, pad = torch.randint(20, (3, 17)), torch.zeros(3, dtype=torch.long)
+    hidden = ours(tokens, pad, padding_record(pad, 17).expand(2, -1, 2, -1))
+    compare("logits", ours.logits(hidden), theirs(tokens).logits, 1e-6)  # their rotary angles are in float32
+
+
 # Lemma 1: replay equals the sampler
 
 
@@ -351,8 +370,8 @@ def entries(k=None, pad=0, K=8, policy="streaming", q=None, q_column=(), receive
     k = torch.zeros(1, 1, K, 2, dtype=torch.float64) if k is None else torch.tensor(k, dtype=torch.float64)[None, None]
     q = torch.zeros(1, 1, 0, 2, dtype=torch.float64) if q is None else torch.tensor(q, dtype=torch.float64)[None]
     K, column = k.shape[2], torch.arange(k.shape[2])[None, None]
-    cache = smd.Cache(small_model(), torch.tensor([0]), 1, K, 1, Eviction(policy, keep, **eviction))
-    cache.generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    cache = smd.Cache(small_model(), torch.tensor([0]), 1, K, 1, Eviction(policy, keep, **eviction), generator, None)
     received = None if received is None else torch.tensor([[received]], dtype=torch.float64)
     window = torch.tensor(q_column, dtype=torch.long)
     return smd.Entries(

@@ -1,17 +1,13 @@
 """A decoder-only transformer of the Llama/Qwen family, small enough to read in one sitting.
 
-Pre-norm blocks: x += Attention(RMSNorm(x)); x += SwiGLU(RMSNorm(x)), with rotary positions in the half-rotation
-convention and grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (and, with
-`qkv_bias`, `Qwen2Model`), so that a checkpoint of that family loads by name.
+Pre-norm blocks, x += Attention(RMSNorm(x)) and x += SwiGLU(RMSNorm(x)), rotary positions in the half-rotation
+convention, grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (with `qkv_bias`,
+`Qwen2Model`), so that checkpoints of that family load by name.
 
-What a query may see is not this file's business. A layer computes q, k and v and hands them to `attend`, which returns
-the attention output: the full pass attends to its own keys, the sampler to a small cache, the learner to a prompt that
-it computed once. That is how one set of layers serves all three, and why the mask is written in one place, kernel.py.
+What a query may see is not this file's business. A layer hands q, k and v to `attend`, which returns the attention
+output: the full pass attends to its own keys, the sampler to a small cache, the learner to prompts it computed once.
 
-Departures from the family: no dropout (its papers train without), no attention bias on the output projection.
-
-Dimension letters: B sequences, T positions, L layers, C model width, H query heads, G kv heads (H/G query heads share
-one), D head dim, V vocabulary.
+Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -56,15 +52,6 @@ def rope_positions(pad_B: Tensor, T: int) -> Tensor:
     return (torch.arange(T, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_tables(position_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position · theta^(-2d/D) (RoFormer, 2104.09864), each (B, 1, T, D), both halves of D alike."""
     # float64 angles: float32 would lose the fraction of a turn at long positions
@@ -89,10 +76,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
-        q, k, v = (
-            proj(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = (proj(x_BTC) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)
         # keys are stored rotated by their true position, so evicting a neighbour never moves them
         out_BHTD = attend(rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
@@ -112,9 +97,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.width, c.norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.width, c.norm_eps)
         self.mlp = SwiGLU(c)
 
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
@@ -130,7 +115,7 @@ class TinyModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
@@ -142,10 +127,9 @@ class TinyModel(nn.Module):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5
-                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(
-                    p, std=std * (2 * config.layers) ** -0.5 if writes_residual else std, generator=generator
-                )
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std *= (2 * config.layers) ** -0.5
+                nn.init.normal_(p, std=std, generator=generator)
 
     def extend(self, tokens_BT: Tensor, position_BT: Tensor, attend: Attend) -> Tensor:
         """Pass new tokens through all layers, against whatever keys and values `attend` supplies: hidden (B, T, C)."""
@@ -164,5 +148,4 @@ class TinyModel(nn.Module):
         return self.extend(tokens_BT, rope_positions(pad_B, tokens_BT.shape[1]), attend)
 
     def logits(self, hidden_XC: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C)."""
         return self.lm_head(hidden_XC)
