@@ -1094,9 +1094,9 @@ def draw_curves(rows: list[dict], summary: dict, path: Path) -> None:
         ("replay_error", "replay error: max |log π_shadow - log π_sparse|"),
         ("kl_sparse_dense", "KL(π_sparse ‖ π_dense), nats a token"),
     ):
-        points = [(row["step"], row[name]) for row in rows if row.get(name)]
-        right.semilogy(*np.reshape(points, (-1, 2)).T, ".-", label=label)
-    right.set(xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        right.plot(*np.reshape(points, (-1, 2)).T, ".-", label=label)
+    right.set(xlabel="step", ylim=(0, None))
     left.legend(frameon=False)
     right.legend(frameon=False)
     figure.savefig(path, dpi=120)
