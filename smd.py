@@ -868,7 +868,7 @@ class Agent:
 
     def warm_up(self) -> None:
         """Supervised steps: lessons, each until a right answer has probability 0.5, then the task itself."""
-        s, began = self.s, 0
+        s, taken = self.s, 0
         # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
         weights = dict(self.model.named_parameters())
         matrices = [
@@ -888,14 +888,19 @@ class Agent:
                     bar.set_postfix(right=f"{right:.2f}")
                     if lesson is not None and right >= 0.5:
                         break
+                    loss = -logp_BR.sum() / mask_BR.sum()
+                    if not loss.isfinite():
+                        raise FloatingPointError(
+                            f"the warm-up's loss is {loss.item()} at step {step}; lower --warmup-lr"
+                        )
                     self.model.zero_grad()
-                    (-logp_BR.sum() / mask_BR.sum()).backward()
+                    loss.backward()
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                     # up in 50 steps, and down to zero over the second half of the task
                     down = 2 - 2 * step / s.warmup_steps if lesson is None else 1.0
-                    began += 1
+                    taken += 1
                     for optimizer in (muon, adamw):
-                        optimizer.param_groups[0]["lr"] = s.warmup_lr * min(1.0, began / 50, down)
+                        optimizer.param_groups[0]["lr"] = s.warmup_lr * min(1.0, taken / 50, down)
                         optimizer.step()
 
     def load_base(self) -> None:
