@@ -315,6 +315,15 @@ def test_3_a_budget_that_holds_everything_is_the_dense_model(policy):
             assert abs(shadow[0] - plain[0]) < 1e-12
 
 
+def test_3_the_old_log_prob_of_smd_is_the_recorded_one():
+    """Would catch a learner that calls its own log-prob the old one, whose ratio is 1 whatever the sampler did."""
+    model = small_model()
+    rollout = ragged_rollout(model)
+    shifted = dataclasses.replace(rollout, logp_BR=rollout.logp_BR - 0.1)
+    for method, same in (("smd", False), ("naive", True)):
+        assert torch.allclose(learner(model, shifted, method)[1], learner(model, rollout, method)[1]) == same
+
+
 # Lemma 4: the cache is small
 
 
