@@ -989,9 +989,13 @@ def find_run(s: Settings) -> Path:
 def open_run(out: Path, s: Settings) -> None:
     """Make the folder and write its config.json; UsageError where that cannot be done."""
     config = {name: getattr(s, name) for name in sorted(FIXED)} | {"steps": s.steps}
+    # the old run goes before the new config comes: a kill in between must not leave its checkpoint under that config
+    for path in [out / name for name in FILES[1:] if s.overwrite and (out / name).exists()]:
+        try:
+            path.unlink()
+        except OSError as e:
+            raise UsageError(f"{path} cannot be replaced: {e.strerror}; use another --out") from e
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
-    for name in FILES[1:] if s.overwrite else ():
-        (out / name).unlink(missing_ok=True)
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
@@ -1038,7 +1042,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     agent, out = Agent(s), find_run(s)
     optimizer = torch.optim.AdamW(agent.model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     checkpoint, metrics, state, rows = out / "checkpoint.pt", out / "metrics.jsonl", None, []
-    if checkpoint.exists() and not s.overwrite:
+    if s.resume and checkpoint.exists():
         state = restore(checkpoint, agent.model)
         optimizer.load_state_dict(state["optimizer"])
         rows = read_metrics(metrics, state["step"])

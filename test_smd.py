@@ -634,6 +634,26 @@ def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys):
     assert lines[0].startswith("sparse cache: ") and lines[1].startswith("full cache:   ")
 
 
+def test_8_overwrite_replaces_a_run_even_if_killed_while_it_does(tmp_path, monkeypatch):
+    """Would catch a new config.json beside the old run's checkpoint, from which a resumption would go on."""
+    new = tiny(tmp_path, seed=1, overwrite=True)
+    smd.train(tiny(tmp_path, "fresh", seed=1))
+    smd.train(tiny(tmp_path))
+    write_file = smd.write
+
+    def killed_after(*args):
+        write_file(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(smd, "write", killed_after)
+        smd.train(new)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    smd.train(dataclasses.replace(new, overwrite=False, resume=True))
+    assert outcome(new.out) == outcome(tmp_path / "fresh")
+
+
 def write(path: Path, *lines: str) -> str:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
