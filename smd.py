@@ -99,7 +99,7 @@ class Settings:
     diag_every: int = opt(10, "steps between two measurements of KL(sparse ‖ dense)", 1)
     save_every: int = opt(20, "steps between two checkpoints", 1, free=True)
     device: str | None = opt(None, "default: cuda where there is one", among=lambda: ("cpu", "cuda"), free=True)
-    backend: str | None = opt(None, "attention; default: by device", among=lambda: kernel.BACKENDS, free=True)
+    backend: str | None = opt(None, "attention; default: triton on cuda, else torch", among=lambda: kernel.BACKENDS, free=True)
     out: str | None = opt(None, "folder of the run (default: a new one under out/)", free=True)
     cache: str = opt("out/cache", "folder in which base policies are kept", free=True)
     resume: bool = opt(False, "continue the run in --out; what is not given is taken from it", free=True)
@@ -140,6 +140,10 @@ def checked(s: Settings) -> Settings:
     ):
         if bad:
             raise UsageError(message)
+    try:
+        kernel.backend_for(s.device, s.backend)
+    except ValueError as e:
+        raise UsageError(f"--{e}") from e
     return s
 
 

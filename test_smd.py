@@ -9,20 +9,29 @@ hundred operations on numbers of order one; the errors that the lemmas exclude a
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
+
+import kernel
 import smd
 from kernel import NEVER, shadow_attention
 from smd import Eviction, Settings
@@ -854,3 +863,278 @@ def test_9_a_short_run_learns_and_shuffled_rewards_do_not(tmp_path):
     (base, se), (learned, se_learned), (lost, se_lost) = results
     assert learned - base > 3 * math.hypot(se, se_learned), f"{base:.3f} -> {learned:.3f}"
     assert lost - base < 3 * math.hypot(se, se_lost), f"control: {base:.3f} -> {lost:.3f}"
+
+
+# Lemma 10: the Triton kernels are `shadow_attention`, too
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU under triton's interpreter
+# under the interpreter of triton 3.7.1 the product of two bfloat16 matrices is wrong
+DTYPES = kernel.DTYPES if GPU == "cuda" else (torch.float32, torch.float16)
+
+
+def records(kind, B, G, T):
+    """evicted_at (B, G, T); the second sequence is left-padded by a fifth."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "random":
+        rows = torch.arange(T) + torch.randint(0, T + 1, (B * G, T), generator=generator)
+    elif kind == "compressed":
+        rows = torch.stack([kernel.compressed_once(T, 0.4, seed) for seed in range(B * G)])
+    elif kind == "rolling":
+        rows = torch.stack([kernel.rolling(T, 24, 8, seed) for seed in range(B * G)])
+    else:
+        rows = torch.zeros(B * G, T)
+    rows = rows.view(B, G, T).to(torch.int32)
+    rows[1:, :, : T // 5] = 0
+    return rows
+
+
+def plain_attention(q, k, v, evicted_at, q_start):
+    """Nothing but PyTorch in the tensors' own precision: what the kernel's rounding is measured against."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v, dies = (t.repeat_interleave(repeat, dim=1) for t in (k, v, evicted_at))
+    i, j = q_start + torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
+    hidden = (j > i) | (i >= dies[:, :, None])
+    score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(hidden, -math.inf)
+    return score.softmax(dim=-1).masked_fill(hidden, 0) @ v
+
+
+def largest_products(q, k, v, evicted_at, q_start, do):
+    """The largest product of two numbers that is rounded on the way to each of out, dq, dk, dv."""
+    repeat, one = q.shape[1] // k.shape[1], torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
+    p = plain_attention(q, k, one.expand(*k.shape[:2], -1, -1), evicted_at, q_start).nan_to_num(0.0)
+    # ds = p (dp - δ) is a difference, and may be much smaller than what it is the difference of
+    ds = p * (do @ v.repeat_interleave(repeat, dim=1).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return [(a.abs().max() * b.abs().max()).item() for a, b in ((p, v), (ds, k), (ds, q), (p, do))]
+
+
+CASES = [  # T, D, G, H/G, q_start, record
+    (1, 16, 1, 1, 0, "random"),
+    (17, 32, 2, 2, 0, "random"),
+    (63, 48, 1, 4, 0, "compressed"),
+    (63, 16, 2, 1, 40, "nothing"),
+    (100, 64, 1, 2, 0, "rolling"),
+    (100, 32, 2, 1, 87, "compressed"),
+    (129, 64, 1, 4, 0, "compressed"),
+    (129, 48, 2, 2, 5, "rolling"),
+    (129, 16, 1, 1, 0, "random"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_10_the_kernels_err_no_more_than_plain_code(case, dtype):
+    T, D, G, M, q_start, kind = case
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, G * M, T - q_start, D), (2, G, T, D), (2, G, T, D), (2, G * M, T - q_start, D)
+    *qkv, do = (torch.randn(shape, generator=generator).to(dtype).to(GPU) for shape in shapes)
+    record = records(kind, 2, G, T).to(GPU)
+
+    def run(attention, *tensors):
+        *qkv, do = (t.detach().requires_grad_() for t in tensors)
+        out = attention(*qkv, record, q_start)
+        return [t.detach().double() for t in (out, *torch.autograd.grad(out, qkv, do.detach()))]
+
+    exact = [t.double() for t in (*qkv, do)]
+    want = run(plain_attention, *exact)
+    want = [t.nan_to_num(0.0) for t in want]  # rows that see nothing: 0 / 0 in plain code
+    plain = [t.nan_to_num(0.0) for t in run(plain_attention, *qkv, do)]
+    got = run(partial(shadow_attention, backend="triton"), *qkv, do)
+    products = largest_products(*exact[:3], record, q_start, exact[3])
+    for name, g, p, w, product in zip(("out", "dq", "dk", "dv"), got, plain, want, products, strict=True):
+        error, bound = (g - w).abs().max().item(), 2 * (p - w).abs().max().item() + 4 * torch.finfo(dtype).eps * product
+        rms = ((g - w).square().mean() / w.square().mean().clamp(min=1e-30)).sqrt().item()
+        assert error <= bound, f"{name}: max error {error:.2e} above {bound:.2e}, RMS ratio {rms:.2e}"
+    if kind == "nothing":
+        assert all((g == 0).all() for g in got), "rows that see nothing, and keys that nobody sees, give exact zeros"
+
+
+def triton_case(T=70, dtype=torch.float32):
+    (q, k, v), record = torch.randn(3, 2, 4, T, 32, dtype=dtype, device=GPU), records("random", 2, 2, T).to(GPU)
+    return [t.requires_grad_() for t in (q, k[:, :2].detach(), v[:, :2].detach())], record
+
+
+def test_10_a_key_that_nobody_sees_changes_nothing_and_two_runs_are_equal_to_the_bit():
+    (q, k, v), record = triton_case()
+    record[:, :, 7] = 0
+
+    def run(k, v):
+        out = shadow_attention(q, k, v, record, backend="triton")
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    before = run(k, v)
+    assert (before[2][:, :, 7] == 0).all() and (before[3][:, :, 7] == 0).all(), "its gradient is not zero"
+    assert all(torch.equal(a, b) for a, b in zip(before, run(k, v), strict=True)), "not deterministic"
+    for key, same in ((7, True), (8, False)):
+        other = [t.detach().index_fill(2, torch.tensor([key], device=GPU), 50.0).requires_grad_() for t in (k, v)]
+        assert torch.equal(run(*other)[0], before[0]) == same
+
+
+def test_10_strided_and_empty_inputs():
+    (q, k, v), record = triton_case()
+    want = shadow_attention(q, k, v, record, backend="triton")
+    wide = [torch.stack((t, -t), dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0] for t in (q, k, v)]
+    assert not wide[0].is_contiguous()
+    got = shadow_attention(*wide, record.transpose(1, 2).contiguous().transpose(1, 2), backend="triton")
+    assert torch.equal(got, want)
+    (got.transpose(1, 2) * torch.arange(4.0, device=GPU)[:, None]).sum().backward()  # a gradient with strides
+    mine = [t.grad.clone() for t in (q, k, v)]
+    for t in (q, k, v):
+        t.grad = None
+    (
+        shadow_attention(q, k, v, record, backend="torch").transpose(1, 2) * torch.arange(4.0, device=GPU)[:, None]
+    ).sum().backward()
+    for a, t in zip(mine, (q, k, v), strict=True):
+        assert torch.allclose(a, t.grad, atol=1e-5)
+    for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 3, 0)):
+        q, k, v = (torch.randn(B, 2, T, 16, device=GPU, requires_grad=True) for T in (Tq, Tk, Tk))
+        out = shadow_attention(q, k, v, torch.zeros(B, 2, Tk, dtype=torch.int32, device=GPU), backend="triton")
+        out.sum().backward()
+        assert out.shape == q.shape and all((t.grad == 0).all() for t in (q, k, v))
+
+
+def test_10_bad_input_is_named():
+    (q, k, v), record = triton_case()
+    for args, message in (
+        ((q[0], k, v, record), "shapes do not fit"),
+        ((q, k[..., :16], v[..., :16], record), "shapes do not fit"),
+        ((q.double(), k.double(), v.double(), record), "takes float32, bfloat16, float16, got torch.float64"),
+        ((q, k.half(), v, record), "one floating type"),
+        ((q.long(), k.long(), v.long(), record), "one floating type"),
+        ((q, k, v, record.long()), "int32, got torch.int64"),
+        ((q, k, v, record.to("meta")), "on one device"),
+        ((q, k, v, record, -1), "q_start must be at least 0"),
+        (([t.repeat(1, 1, 1, 5) for t in (q, k, v)], record), "head dims up to 128, got 160"),
+    ):
+        args = (*args[0], *args[1:]) if isinstance(args[0], list) else args
+        with pytest.raises(ValueError, match=message):
+            shadow_attention(*args, backend="triton")
+    # without the interpreter, and without triton, the reason is said; nothing falls back
+    for code, message in (
+        ("", "needs CUDA tensors, got cpu; for the interpreter set TRITON_INTERPRET=1"),
+        ("import sys; sys.modules['triton'] = None", "needs the package triton"),
+    ):
+        code += "\nimport torch, kernel; x = torch.ones(1, 1, 2, 16); e = torch.ones(1, 1, 2, dtype=torch.int32)\n"
+        code += "kernel.shadow_attention(x, x, x, e); kernel.shadow_attention(x, x, x, e, backend='triton')"
+        env = os.environ | {"TRITON_INTERPRET": "0"}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        assert run.returncode and message in run.stderr.splitlines()[-1]
+
+
+# Lemma 11: the kernels visit what they must and little more
+
+
+@pytest.mark.parametrize("kind", ["random", "compressed", "rolling", "nothing"])
+def test_11_the_lists_hold_every_visible_pair_once(kind):
+    T, q_start, M, N = 100, 13, 16, 32
+    record = records(kind, 2, 2, T)
+    tiles = kernel.list_tiles(record, q_start, T - q_start, kernel.Blocks(M, N, 16, 4), epoch=20)
+    i, j = torch.arange(q_start, T)[:, None], torch.arange(T)
+    for b, g in ((0, 0), (1, 1)):
+        visible = (j <= i) & (i < record[b, g])
+        order = tiles.order_BGK[b, g]
+        assert sorted(order[:T].tolist()) == list(range(T))
+        for block in range(-(-(T - q_start) // M)):
+            rows, seen = visible[block * M : (block + 1) * M], torch.zeros(T, dtype=torch.bool)
+            full, part = tiles.tiles_BGI2[b, g, block].tolist()
+            for n, tile in enumerate(tiles.tile_BGIJ[b, g, block, : full + part].tolist()):
+                places = range(tile * N, (tile + 1) * N)
+                keys = order[[p for p in places if p < T]]
+                assert not seen[keys].any(), "a tile is visited twice"
+                seen[keys] = True
+                assert n >= full or (len(keys) == N and rows[:, keys].all()), "a tile is not visible in full"
+                full_blocks, part_blocks = tiles.blocks_BGJ2[b, g, tile].tolist()
+                listed = tiles.block_BGJI[b, g, tile, : full_blocks + part_blocks].tolist()
+                assert listed.index(block) < full_blocks if n < full else listed.index(block) >= full_blocks
+            assert not rows[:, ~seen].any(), "a visible pair is in no tile"
+        assert tiles.blocks_BGJ2[b, g].sum() == tiles.tiles_BGI2[b, g].sum()
+
+
+@pytest.mark.parametrize("T", [8192, 32768])
+def test_11_the_area_of_the_tiles_follows_the_visible_pairs(T):
+    blocks, P = kernel.block_sizes(torch.bfloat16, 128, roomy=True), T * 7 // 8
+    for kept in (1.0, 0.5, 0.25, 0.1):
+        record = kernel.compressed_once(T, kept, 0)[None, None]
+        for q_start in (0, P):
+            assert kernel.tile_ratio(record, q_start, T - q_start, blocks) <= 1.15
+    record = kernel.rolling(T, 1024, 128, 0)[None, None]
+    assert kernel.tile_ratio(record, 0, T, blocks) <= 1.85
+    # controls: in the order of position, and of the exact time of death, it does not hold
+    assert kernel.tile_ratio(record, 0, T, blocks, epoch=2**31) > 3
+    assert kernel.tile_ratio(record, 0, T, blocks, epoch=1) > 2
+
+
+# Lemma 12: the kernels compile for GPUs that are not here, fit, and do not spill
+
+ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may have
+
+
+def compile_ahead(job) -> dict:
+    """Compile one kernel for one architecture, without a GPU and outside the interpreter: what ptxas says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, dtype, D, capability = job
+    source, t = getattr(kernel, name), {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    M, N, R, num_warps = kernel.block_sizes(getattr(torch, dtype), D, roomy=ARCHITECTURES[capability] > 200_000)
+    sizes = {n: s for n, s in dict(M=M, N=N, D=D, R=R).items() if n in source.arg_names}
+    kinds = dict.fromkeys(("Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"), "*" + t)
+    kinds |= dict.fromkeys(("BORN", "DIES", "LIST", "COUNT"), "*i32") | dict.fromkeys(sizes, "constexpr")
+    kinds |= dict(LSE="*fp32", DELTA="*fp32", SCALE="fp32", scale="fp32")
+    signature = {n: kinds.get(n, "i32") for n in source.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    options = dict(num_warps=num_warps, num_stages=kernel.STAGES)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ASTSource(source, signature, sizes, aligned), target=target, options=options)
+    ptx, tools = compiled.asm["ptx"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ptx").write_text(ptx)
+        arch = re.search(r"\.target (\w+)", ptx)[1]
+        command = [tool, "-v", f"-arch={arch}", "ptx", "-o", "cubin"]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    units = set(re.findall(r"\b(wgmma|mma\.sync|tcgen05\.mma|atom|red)\b", ptx)) | (
+        {"tf32"} if "tf32" in ptx else set()
+    )
+    return dict(
+        job=job, cubin=len(compiled.asm["cubin"]), shared=compiled.metadata.shared, spills=spills, units=sorted(units)
+    )
+
+
+def compile_all() -> None:
+    names = [k.__name__ for k in kernel.KERNELS]
+    jobs = list(itertools.product(names, ("bfloat16", "float32"), (64, 128), ARCHITECTURES))
+    with ProcessPoolExecutor(2) as pool:
+        print(json.dumps(list(pool.map(compile_ahead, jobs))))
+
+
+def test_12_the_kernels_compile_ahead_of_time():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", "import test_smd; test_smd.compile_all()"]
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) == 3 * 2 * 2 * 3
+    for r in results:
+        _, dtype, _, capability = r["job"]
+        assert r["cubin"] > 0 and r["shared"] <= ARCHITECTURES[capability], r
+        assert len(r["spills"]) >= 2 and not any(r["spills"]), r
+        assert not {"atom", "red", "tf32"} & set(r["units"]), r
+        tensor_core = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability]
+        assert (tensor_core in r["units"]) == (dtype == "bfloat16"), r
+
+
+# Lemma 13: the learner trains through the kernels
+
+
+@pytest.mark.parametrize("method", list(smd.METHODS))
+def test_13_the_learner_through_the_kernels_is_the_learner(method):
+    model = small_model(torch.float32).to(GPU)
+    rollout = ragged_rollout(model, budget=None if method == "dense" else 8, samples=2, max_new=8)
+    loss, want, _ = learner(model, rollout, method, backend="torch")
+    through, got, figures = learner(model, rollout, method, backend="triton")
+    assert math.isclose(loss.item(), through.item(), rel_tol=1e-4)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+    assert method == "naive" or figures["replay_error"] < 1e-5
