@@ -26,6 +26,7 @@ above; the RoPE position is the column less the padding before it.
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import io
@@ -44,7 +45,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernel
@@ -80,8 +81,20 @@ class Settings:
     warmup_lr: float = opt(3e-3, "supervised steps: learning rate", 0)
     warmup_batch: int | None = opt(None, "supervised steps: examples per step (default: 64; with --data 8)", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
-    method: str = opt("smd", "what the learner sees, and what it calls the old log-prob", among=lambda: METHODS)
+    method: str = opt("smd", "what the learner sees, and the weights it gives to tokens", among=lambda: METHODS)
     lam: float = opt(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
+    kl: str = opt(
+        "reverse", "smd: KL(dense ‖ shadow) in track 2 or, forward, KL(shadow ‖ dense)", among=lambda: TRACK_2
+    )
+    is_cap: float | None = opt(None, "truncation of weights (default: tis 2, sparse_rl 1.5, seq_is none)", 0)
+    objective: str = opt(
+        "grpo", "what the learner maximises; dpo goes with dense, naive and smd", among=lambda: OBJECTIVES
+    )
+    norm_std: bool = opt(True, "divide advantages by their standard deviation, grpo: the group's, ppo: the batch's")
+    gae_lam: float = opt(0.95, "ppo: λ of generalised advantage estimation", 0)
+    value_coef: float = opt(0.5, "ppo: weight of the critic's loss", 0)
+    dpo_beta: float = opt(0.1, "dpo: β, how far the policy may leave the base policy", 0)
+    kl_ref: float = opt(0.0, "weight of k3, the KL to the base policy", 0)
     policy: str = opt("snapkv", "eviction policy", among=lambda: POLICIES)
     budget: int | float | None = opt(None, "keys kept: count or share of the prompt (default: 18; with --data 0.5)")
     interval: int = opt(4, "response tokens between two compressions of the cache", 1)
@@ -89,8 +102,9 @@ class Settings:
     sinks: int = opt(1, "first keys, which streaming, snapkv and random always keep", 0)
     lr: float = opt(4e-4, "learning rate of the updates", 0)
     lr_warmup: int = opt(20, "steps over which the learning rate rises to --lr", 0)
-    clip: float = opt(0.2, "the importance ratio is clipped to 1 ± this; it can only bite with --epochs above 1", 0)
-    epochs: int = opt(1, "updates per batch of rollouts", 1)
+    clip: float = opt(0.2, "the importance ratio is clipped to 1 ± this; it bites from the second update on a batch", 0)
+    epochs: int = opt(1, "passes over a batch of rollouts", 1)
+    minibatches: int = opt(1, "updates in a pass, each on a part of the prompts", 1)
     steps: int = opt(200, "steps of sampling and learning", 0, free=True)
     prompts: int | None = opt(None, "prompts per step (default: 32; with --data 8)", 1)
     samples: int = opt(8, "samples per prompt: the group of GRPO", 1)
@@ -99,7 +113,9 @@ class Settings:
     diag_every: int = opt(10, "steps between two measurements of KL(sparse ‖ dense)", 1)
     save_every: int = opt(20, "steps between two checkpoints", 1, free=True)
     device: str | None = opt(None, "default: cuda where there is one", among=lambda: ("cpu", "cuda"), free=True)
-    backend: str | None = opt(None, "attention; default: triton on cuda, else torch", among=lambda: kernel.BACKENDS, free=True)
+    backend: str | None = opt(
+        None, "attention; default: triton on cuda, else torch", among=lambda: kernel.BACKENDS, free=True
+    )
     out: str | None = opt(None, "folder of the run (default: a new one under out/)", free=True)
     cache: str = opt("out/cache", "folder in which base policies are kept", free=True)
     resume: bool = opt(False, "continue the run in --out; what is not given is taken from it", free=True)
@@ -135,6 +151,12 @@ def checked(s: Settings) -> Settings:
         (
             s.device == "cuda" and device == "cpu",
             "--device cuda: this machine has no usable CUDA device; take --device cpu",
+        ),
+        (s.gae_lam > 1, f"--gae-lam must be at most 1, got {s.gae_lam}"),
+        (s.minibatches > s.prompts, f"--minibatches must be at most --prompts = {s.prompts}, got {s.minibatches}"),
+        (
+            s.objective == "dpo" and METHODS[s.method].weight is not None,
+            f"--objective dpo has no token to weight; take --method dense, naive or smd, got {s.method}",
         ),
         (s.resume and s.overwrite, "--resume and --overwrite exclude each other; take one of them"),
     ):
@@ -420,7 +442,7 @@ def random(e: Entries) -> Tensor:
     return score_BGK.masked_fill(e.newest(e.cache.eviction.window) | e.sinks(), math.inf)
 
 
-class Policy(NamedTuple):
+class Scoring(NamedTuple):
     score: Callable[[Entries], Tensor]  # (B, G, K): higher is kept, inf is forced
     forced: str  # how many keys it is forced to keep
     queries: str = "0"  # how many recent queries it reads
@@ -428,13 +450,13 @@ class Policy(NamedTuple):
 
 
 POLICIES = {
-    "streaming": Policy(streaming, forced="sinks + 1"),
-    "snapkv": Policy(snapkv, forced="sinks + window", queries="window"),
-    "h2o": Policy(h2o, forced="1", accumulates=True),
-    "tova": Policy(tova, forced="1", queries="1"),
-    "knorm": Policy(knorm, forced="1"),
-    "rkv": Policy(rkv, forced="window", queries="window"),
-    "random": Policy(random, forced="sinks + window"),
+    "streaming": Scoring(streaming, forced="sinks + 1"),
+    "snapkv": Scoring(snapkv, forced="sinks + window", queries="window"),
+    "h2o": Scoring(h2o, forced="1", accumulates=True),
+    "tova": Scoring(tova, forced="1", queries="1"),
+    "knorm": Scoring(knorm, forced="1"),
+    "rkv": Scoring(rkv, forced="window", queries="window"),
+    "random": Scoring(random, forced="sinks + window"),
 }
 
 
@@ -686,9 +708,9 @@ def encode_prompts(model: TinyModel, rollout: Rollout, backend: str | None = Non
 def replay(
     model: TinyModel, rollout: Rollout, prompts: tuple, record_LBGT: Tensor, backend: str | None = None
 ) -> Tensor:
-    """Logits (X, V) of the response tokens, each from what its query sees under record_LBGT.
+    """Hidden states (X, C) that predict the response tokens, each from what its query sees under record_LBGT.
 
-    With `rollout.evicted_at_LBGT` this is π_shadow, with `rollout.dense_LBGT` it is π_dense. `prompts` comes from
+    With `rollout.evicted_at_LBGT` their logits are π_shadow, with `rollout.dense_LBGT` π_dense. `prompts` comes from
     `encode_prompts`; the x-th row belongs to the x-th True of `rollout.mask_BR`.
     """
     (last_NC, keys), P, R = prompts, rollout.prompt_NP.shape[1], rollout.response_BR.shape[1]
@@ -704,27 +726,108 @@ def replay(
         # the last token is only ever predicted, by the token before it
         position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(S, dim=0)
         hidden_BRC = torch.cat((hidden_BRC, model.extend(rollout.response_BR[:, :-1], position_BR, attend)), dim=1)
-    return model.logits(hidden_BRC[rollout.mask_BR])
+    return hidden_BRC[rollout.mask_BR]
 
 
 def token_logp(logits_XV: Tensor, token_X: Tensor) -> Tensor:
     return logits_XV.log_softmax(dim=-1).gather(-1, token_X[:, None])[:, 0]
 
 
-def group_advantage(reward_NS: Tensor, eps: float = 1e-6) -> Tensor:
-    """A = (r - mean) / (std + eps) over the samples of a prompt, the population's std (GRPO, 2402.03300): (N, S)."""
+def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
+    """One number for each response token as (B, R), zero past the end."""
+    return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
+
+
+# What follows, down to `Batch`, takes plain tensors, to be lifted into another trainer. log_ratio_BR is the log of
+# ρ = π_dense / π_sparse at rollout time, the learner's log-prob less the sampler's, zero where mask_BR is False.
+
+
+def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
+    """w_t = min(ρ_t, cap): token-level truncated importance sampling (Yao et al. 2025)."""
+    return log_ratio_BR.exp().clamp(max=cap)
+
+
+def sequence_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
+    """w = min(Π_t ρ_t, cap), the same for all tokens of a sequence; untruncated, it is unbiased for π_dense."""
+    return log_ratio_BR.sum(dim=1, keepdim=True).exp().clamp(max=cap).expand_as(log_ratio_BR)
+
+
+def sparse_rl(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
+    """w_t = min(ρ_t, cap), 0 in a sequence with any ρ_t < 1e-4, over the batch's mean (Sparse-RL, 2601.10079)."""
+    weight_BR = token_is(log_ratio_BR, mask_BR, cap) * (log_ratio_BR >= math.log(1e-4)).all(dim=1, keepdim=True)
+    return weight_BR / weight_BR[mask_BR].mean().clamp(min=1e-9)
+
+
+class Method(NamedTuple):
+    evicts: bool  # does the sampler forget
+    replays: bool  # does the learner see what the sampler saw, and call the recorded log-prob the old one
+    weight: Callable[[Tensor, Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
+    cap: float = math.inf  # the weight's truncation unless --is-cap says otherwise
+
+
+METHODS = {
+    "dense": Method(evicts=False, replays=False),
+    "naive": Method(evicts=True, replays=False),  # sampled sparse, learned dense, as if they were one policy
+    "tis": Method(evicts=True, replays=False, weight=token_is, cap=2.0),
+    "seq_is": Method(evicts=True, replays=False, weight=sequence_is),
+    "sparse_rl": Method(evicts=True, replays=False, weight=sparse_rl, cap=1.5),
+    "smd": Method(evicts=True, replays=True),
+}
+
+
+def group_advantage(reward_NS: Tensor, norm_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """A = (r - mean) / (std + eps) over a prompt's samples, the population's std (GRPO, 2402.03300): (N, S).
+
+    Without norm_std A = r - mean (Dr. GRPO, 2503.20783).
+    """
     centred_NS = reward_NS - reward_NS.mean(dim=1, keepdim=True)
-    return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps)
+    return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps) if norm_std else centred_NS
 
 
-def grpo_loss(
-    logp_BR: Tensor, old_logp_BR: Tensor, advantage_B: Tensor, mask_BR: Tensor, clip: float, longest: int
+def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
+    """A_t = Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
+    last_BR = mask_BR & ~F.pad(mask_BR, (0, 1))[:, 1:]
+    next_BR = F.pad(value_BR * mask_BR, (0, 1))[:, 1:]
+    delta_BR = (reward_B[:, None] * last_BR + next_BR - value_BR) * mask_BR
+    advantage_BR, running_B = torch.zeros_like(value_BR), torch.zeros_like(reward_B)
+    for t in reversed(range(value_BR.shape[1])):
+        advantage_BR[:, t] = running_B = delta_BR[:, t] + lam * running_B
+    return advantage_BR
+
+
+def policy_loss(
+    logp_BR: Tensor,
+    old_logp_BR: Tensor,
+    advantage_BR: Tensor,
+    weight_BR: Tensor,
+    mask_BR: Tensor,
+    clip: float,
+    longest: int,
 ) -> tuple[Tensor, float]:
-    """-Σ min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped."""
+    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped."""
     ratio_BR = (logp_BR - old_logp_BR).exp()
-    free_BR, clipped_BR = (r * advantage_B[:, None] for r in (ratio_BR, ratio_BR.clamp(1 - clip, 1 + clip)))
-    loss = -(free_BR.minimum(clipped_BR) * mask_BR).sum() / (len(logp_BR) * longest)
+    free_BR, clipped_BR = (r * advantage_BR for r in (ratio_BR, ratio_BR.clamp(1 - clip, 1 + clip)))
+    loss = -(weight_BR * free_BR.minimum(clipped_BR) * mask_BR).sum() / (len(logp_BR) * longest)
     return loss, ((clipped_BR < free_BR) & mask_BR).sum().item() / mask_BR.sum().item()
+
+
+def value_loss(value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Tensor, clip: float) -> Tensor:
+    """½ max((V - R)², (V_clip - R)²), V_clip within `clip` of the value at rollout time; mean over tokens."""
+    near_BR = old_BR + (value_BR - old_BR).clamp(-clip, clip)
+    worst_BR = (value_BR - return_BR).square().maximum((near_BR - return_BR).square())
+    return 0.5 * worst_BR[mask_BR].mean()
+
+
+def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float) -> Tensor:
+    """-log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]), best against worst sample of each prompt, mean over the pairs.
+
+    A prompt whose samples have equal rewards makes no pair (DPO, 2305.18290; online: 2402.04792).
+    """
+    margin_NS = (logp_B - ref_logp_B).view_as(reward_NS)
+    best_N, worst_N = (f(dim=1, keepdim=True) for f in (reward_NS.argmax, reward_NS.argmin))
+    pair_N = reward_NS.amax(dim=1) > reward_NS.amin(dim=1)
+    gap_N = (margin_NS.gather(1, best_N) - margin_NS.gather(1, worst_N))[:, 0]
+    return -(F.logsigmoid(beta * gap_N) * pair_N).sum() / pair_N.sum().clamp(min=1)
 
 
 def kl_divergence(p_logits_XV: Tensor, q_logits_XV: Tensor) -> Tensor:
@@ -733,37 +836,132 @@ def kl_divergence(p_logits_XV: Tensor, q_logits_XV: Tensor) -> Tensor:
     return (p_XV.exp() * (p_XV - q_XV)).sum(dim=-1).mean()
 
 
-class Method(NamedTuple):
-    evicts: bool  # does the sampler forget
-    replays: bool  # does the learner see what the sampler saw, and call the recorded log-prob the old one
-
-
-METHODS = {
-    "dense": Method(evicts=False, replays=False),  # plain GRPO
-    "naive": Method(evicts=True, replays=False),  # sampled sparse, learned dense, as if they were one policy
-    "smd": Method(evicts=True, replays=True),
+# track 2: the dense policy follows the sparse one, which gets no gradient from it
+TRACK_2 = {
+    "reverse": lambda dense_XV, shadow_XV: kl_divergence(dense_XV, shadow_XV.detach()),
+    "forward": lambda dense_XV, shadow_XV: kl_divergence(shadow_XV.detach(), dense_XV),
 }
 
 
-def learner_loss(
-    model: TinyModel, rollout: Rollout, advantage_B: Tensor, old_logp_BR: Tensor | None, s: Settings
-) -> tuple[Tensor, Tensor, dict]:
-    """The loss of s.method on a batch of rollouts, the old log-probs that it took, and figures for the log.
+def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    """r - 1 - log r, r = π_ref / π, mean over tokens. Its value estimates KL(π ‖ π_ref), but its gradient on-policy is
+    that of KL(π_ref ‖ π) (Schulman, "Approximating KL divergence")."""
+    log_r_X = (ref_logp_BR - logp_BR)[mask_BR]
+    return (log_r_X.exp() - 1 - log_r_X).mean()
 
-    old_logp_BR: None before the first update on these rollouts; then what the first call returned.
-    """
-    method, mask_BR = METHODS[s.method], rollout.mask_BR
-    prompts = encode_prompts(model, rollout, s.backend)
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout and all that is settled before the first update on it; what does not apply is None."""
+
+    rollout: Rollout
+    reward_B: Tensor
+    old_logp_BR: Tensor
+    weight_BR: Tensor
+    advantage_BR: Tensor
+    value_BR: Tensor | None
+    return_BR: Tensor | None
+    ref_logp_BR: Tensor | None
+
+    def of_prompts(self, n: Tensor) -> "Batch":
+        """The part of these prompts and all their samples."""
+        S = len(self.reward_B) // len(self.rollout.prompt_NP)
+        b = (n[:, None] * S + torch.arange(S, device=n.device)).flatten()
+        r, rest = self.rollout, [getattr(self, f.name) for f in dataclasses.fields(self)[1:]]
+        by_b = dict(response_BR=r.response_BR[b], logp_BR=r.logp_BR[b], length_B=r.length_B[b])
+        by_b |= dict(prompt_NP=r.prompt_NP[n], pad_N=r.pad_N[n], evicted_at_LBGT=r.evicted_at_LBGT[:, b])
+        return Batch(dataclasses.replace(r, **by_b), *(x if x is None else x[b] for x in rest))
+
+
+@torch.no_grad()
+def prepare(policy: "Policy", rollout: Rollout, reward_B: Tensor, s: Settings) -> Batch:
+    """Old log-probs, weights, advantages, values and reference log-probs, with the policy as it sampled."""
+    method, mask_BR, token_X = METHODS[s.method], rollout.mask_BR, rollout.response_BR[rollout.mask_BR]
     record_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.dense_LBGT
-    logits_XV = replay(model, rollout, prompts, record_LBGT, s.backend)
-    logp_X = token_logp(logits_XV, rollout.response_BR[mask_BR])
-    logp_BR = torch.zeros_like(rollout.logp_BR).masked_scatter(mask_BR, logp_X)
-    if old_logp_BR is None:
-        old_logp_BR = rollout.logp_BR if method.replays else logp_BR.detach()
-    loss, clip_fraction = grpo_loss(logp_BR, old_logp_BR, advantage_B, mask_BR, s.clip, s.max_new)
+
+    def hidden(model: TinyModel) -> Tensor:
+        return replay(model, rollout, encode_prompts(model, rollout, s.backend), record_LBGT, s.backend)
+
+    old_logp_BR, weight_BR, value_BR, ref_logp_BR = rollout.logp_BR, torch.ones_like(rollout.logp_BR), None, None
+    if not method.replays or policy.critic is not None:
+        hidden_XC = hidden(policy.model)
+        if not method.replays:
+            old_logp_BR = spread(token_logp(policy.model.logits(hidden_XC), token_X), mask_BR)
+        if policy.critic is not None:
+            value_BR = spread(policy.critic(hidden_XC)[:, 0], mask_BR)
+    if method.weight is not None:
+        cap = method.cap if s.is_cap is None else s.is_cap
+        weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, cap)
+    if policy.reference is not None:
+        ref_logp_BR = spread(token_logp(policy.reference.logits(hidden(policy.reference)), token_X), mask_BR)
+    return_BR = None
+    if value_BR is None:
+        advantage_NS = group_advantage(reward_B.view(len(rollout.prompt_NP), -1), s.norm_std)
+        advantage_BR = advantage_NS.reshape(-1, 1).expand_as(mask_BR)
+    else:
+        advantage_BR = gae(reward_B, value_BR, mask_BR, s.gae_lam)
+        return_BR = advantage_BR + value_BR
+        if s.norm_std:
+            seen_X = advantage_BR[mask_BR]
+            advantage_BR = (advantage_BR - seen_X.mean()) / (seen_X.std(correction=0) + 1e-6)
+    return Batch(rollout, reward_B, old_logp_BR, weight_BR, advantage_BR, value_BR, return_BR, ref_logp_BR)
+
+
+# An objective: log-probs and values of the policy that is being updated -> its loss, and the share of tokens clipped.
+
+
+def grpo(batch: Batch, logp_BR: Tensor, value_BR: None, s: Settings) -> tuple[Tensor, float]:
+    """`policy_loss` with the group's advantage."""
+    rest = batch.advantage_BR, batch.weight_BR, batch.rollout.mask_BR, s.clip, s.max_new
+    return policy_loss(logp_BR, batch.old_logp_BR, *rest)
+
+
+def ppo(batch: Batch, logp_BR: Tensor, value_BR: Tensor, s: Settings) -> tuple[Tensor, float]:
+    """`policy_loss` with GAE's advantage + coefficient · `value_loss` (1707.06347)."""
+    loss, clipped = grpo(batch, logp_BR, None, s)
+    old = batch.value_BR, batch.return_BR, batch.rollout.mask_BR
+    return loss + s.value_coef * value_loss(value_BR, *old, s.clip), clipped
+
+
+def dpo(batch: Batch, logp_BR: Tensor, value_BR: None, s: Settings) -> tuple[Tensor, float]:
+    """`dpo_loss` on sequence log-probs."""
+    reward_NS = batch.reward_B.view(len(batch.rollout.prompt_NP), -1)
+    return dpo_loss(logp_BR.sum(dim=1), batch.ref_logp_BR.sum(dim=1), reward_NS, s.dpo_beta), 0.0
+
+
+OBJECTIVES = {"grpo": grpo, "ppo": ppo, "dpo": dpo}
+
+
+class Policy(nn.Module):
+    """What is trained: the model and, with ppo, a critic on its hidden states; and the frozen base policy, if used."""
+
+    def __init__(self, model: TinyModel, s: Settings):
+        super().__init__()
+        self.model, self.reference, self.critic = model, None, None
+        if s.objective == "ppo":
+            self.critic = nn.Linear(
+                model.config.width, 1, device=model.norm.weight.device, dtype=model.norm.weight.dtype
+            )
+            nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
+        if s.objective == "dpo" or s.kl_ref:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+
+
+def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dict]:
+    """The loss of s.method and s.objective on a batch, and figures for the log."""
+    method, rollout, mask_BR = METHODS[s.method], batch.rollout, batch.rollout.mask_BR
+    prompts = encode_prompts(policy.model, rollout, s.backend)
+    record_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.dense_LBGT
+    hidden_XC = replay(policy.model, rollout, prompts, record_LBGT, s.backend)
+    logits_XV = policy.model.logits(hidden_XC)
+    logp_BR = spread(token_logp(logits_XV, rollout.response_BR[mask_BR]), mask_BR)
+    value_BR = None if policy.critic is None else spread(policy.critic(hidden_XC)[:, 0], mask_BR)
+    loss, clip_fraction = OBJECTIVES[s.objective](batch, logp_BR, value_BR, s)
     if method.replays and s.lam:
-        dense_XV = replay(model, rollout, prompts, rollout.dense_LBGT, s.backend)
-        loss = loss + s.lam * kl_divergence(dense_XV, logits_XV.detach())
+        dense_XC = replay(policy.model, rollout, prompts, rollout.dense_LBGT, s.backend)
+        loss = loss + s.lam * TRACK_2[s.kl](policy.model.logits(dense_XC), logits_XV)
+    if s.kl_ref:
+        loss = loss + s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
     policy_XV = logits_XV.detach().log_softmax(dim=-1)
     figures = dict(
         loss=loss.item(),
@@ -773,35 +971,51 @@ def learner_loss(
     )
     if method.evicts and not method.replays:
         del figures["replay_error"]  # a learner that does not replay has none; `diagnose` measures it
-    return loss, old_logp_BR, figures
+    return loss, figures
 
 
-def update(model: TinyModel, optimizer: torch.optim.Optimizer, rollout: Rollout, reward_B: Tensor, s: Settings) -> dict:
-    """s.epochs gradient steps on one batch of rollouts. Raises FloatingPointError where the loss is not finite."""
-    advantage_B = group_advantage(reward_B.view(len(rollout.prompt_NP), -1)).flatten()
-    old_logp_BR, rows = None, []
-    for _ in range(s.epochs):
-        loss, old_logp_BR, figures = learner_loss(model, rollout, advantage_B, old_logp_BR, s)
+def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict:
+    """s.epochs times s.minibatches gradient steps. Raises FloatingPointError where a loss is not finite."""
+    rows, parts = [], torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).chunk(s.minibatches)
+    for part_n in parts * s.epochs:
+        loss, figures = learner_loss(policy, batch.of_prompts(part_n) if len(parts) > 1 else batch, s)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         rows.append(figures | {"grad_norm": norm.item()})
-    # loss, entropy and replay error are those before the first update, the other two are means over the epochs
+    # loss, entropy and replay error are those before the first update, the other two are means
     return rows[0] | {k: sum(row[k] for row in rows) / len(rows) for k in ("clip_fraction", "grad_norm")}
+
+
+def effective_share(log_weight_n: Tensor) -> float:
+    """Effective sample size (Σw)² / Σw² over n."""
+    weight_n = (log_weight_n - log_weight_n.max()).exp()
+    return (weight_n.sum().square() / weight_n.square().sum() / len(weight_n)).item()
 
 
 @torch.no_grad()
 def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
-    """KL(π_sparse ‖ π_dense) on the sampled prefixes and the replay error, by one pass without gradients."""
-    prompts = encode_prompts(model, rollout, backend)
+    """How far π_dense is from π_sparse on the sampled prefixes, by one pass without gradients."""
+    prompts, mask_BR = encode_prompts(model, rollout, backend), rollout.mask_BR
     records = (rollout.evicted_at_LBGT, rollout.dense_LBGT)
-    shadow_XV, dense_XV = (replay(model, rollout, prompts, record, backend) for record in records)
-    logp_X = token_logp(shadow_XV, rollout.response_BR[rollout.mask_BR])
-    error = (logp_X - rollout.logp_BR[rollout.mask_BR]).abs().max()
-    return dict(kl_sparse_dense=kl_divergence(shadow_XV, dense_XV).item(), replay_error=error.item())
+    logits = [model.logits(replay(model, rollout, prompts, record, backend)) for record in records]
+    shadow_X, dense_X = (token_logp(t, rollout.response_BR[mask_BR]) for t in logits)
+    log_ratio_X = dense_X.double() - rollout.logp_BR[mask_BR]
+    log_ratio_B = spread(log_ratio_X, mask_BR).sum(dim=1)
+    overlap_X = torch.minimum(*(t.softmax(dim=-1) for t in logits)).sum(dim=-1)
+    return dict(
+        replay_error=(shadow_X - rollout.logp_BR[mask_BR]).abs().max().item(),
+        kl_sparse_dense=kl_divergence(*logits).item(),
+        overlap_p05=overlap_X.quantile(0.05).item(),
+        ess_token=effective_share(log_ratio_X),
+        ess_sequence=effective_share(log_ratio_B),
+        # e^700 is about the largest number there is
+        max_weight_token=log_ratio_X.max().clamp(max=700).exp().item(),
+        max_weight_sequence=log_ratio_B.max().clamp(max=700).exp().item(),
+    )
 
 
 class Agent:
@@ -922,7 +1136,7 @@ class Agent:
             restore(path, self.model)
         else:
             self.warm_up()
-            save(path, dict(model=self.model.state_dict()))
+            save(path, dict(weights=self.model.state_dict()))
 
 
 def accuracy(texts: list[str], examples: list[Example]) -> float:
@@ -951,11 +1165,11 @@ def save(path: Path, state: dict) -> None:
     write(path, buffer.getvalue())
 
 
-def restore(path: Path, model: TinyModel) -> dict:
-    """Load a checkpoint into the model, and return it whole; UsageError where it is damaged."""
+def restore(path: Path, module: nn.Module) -> dict:
+    """Load a checkpoint's weights into a module, and return it whole; UsageError where it is damaged."""
     try:
-        state = torch.load(path, map_location=model.embed_tokens.weight.device, weights_only=True)
-        model.load_state_dict(state["model"])
+        state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
+        module.load_state_dict(state["weights"])
     except Exception as e:  # there are many ways to be damaged
         what = f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}"
         raise UsageError(f"checkpoint {path} is missing or damaged ({what}); delete it or use --overwrite") from e
@@ -1015,7 +1229,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def train_step(agent: Agent, optimizer: torch.optim.Optimizer, reward: Callable, step: int) -> dict:
+def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, reward: Callable, step: int) -> dict:
     """Sample, score, diagnose, learn: one row of metrics.jsonl."""
     s, began = agent.s, clock(agent.s.device)
     examples = agent.task.draw(s.prompts, numpy_stream(s.seed, PROMPTS, step))
@@ -1024,11 +1238,11 @@ def train_step(agent: Agent, optimizer: torch.optim.Optimizer, reward: Callable,
     asked = (examples[i // s.samples] for i in range(len(texts)))
     rewards = [float(reward(e.prompt, text, e.answer)) for e, text in zip(asked, texts, strict=True)]
     sampled = clock(s.device)
-    diagnosis = diagnose(agent.model, rollout, s.backend) if (step - 1) % s.diag_every == 0 else {}
+    diagnosis = diagnose(policy.model, rollout, s.backend) if (step - 1) % s.diag_every == 0 else {}
     diagnosed = clock(s.device)
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, s.lr_warmup))
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-    learned = update(agent.model, optimizer, rollout, reward_B, s)
+    learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s)
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=accuracy(texts, examples), replay_error=None)
     row |= diagnosis | learned | dict(kept_share=rollout.kept_share())
     row |= {name: getattr(rollout, name) for name in ("kv_bytes", "full_kv_bytes", "full_kv_bytes_shared")}
@@ -1044,10 +1258,12 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     """
     s, began = checked(settings), time.perf_counter()
     agent, out = Agent(s), find_run(s)
-    optimizer = torch.optim.AdamW(agent.model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    policy = Policy(agent.model, s)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     checkpoint, metrics, state, rows = out / "checkpoint.pt", out / "metrics.jsonl", None, []
     if s.resume and checkpoint.exists():
-        state = restore(checkpoint, agent.model)
+        state = restore(checkpoint, policy)
         optimizer.load_state_dict(state["optimizer"])
         rows = read_metrics(metrics, state["step"])
         if len(rows) > s.steps:
@@ -1058,7 +1274,9 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     print(f"run {out} | device {s.device} | attention backend {kernel.backend_for(s.device, s.backend)}", flush=True)
     if state is None:
         agent.load_base()
-        state = dict(step=0, before=agent.evaluate(), model=agent.model.state_dict(), optimizer=optimizer.state_dict())
+        if policy.reference is not None:
+            policy.reference.load_state_dict(agent.model.state_dict())
+        state = dict(step=0, before=agent.evaluate(), weights=policy.state_dict(), optimizer=optimizer.state_dict())
         save(checkpoint, state)
     before = state["before"]
     # what a killed run logged beyond its checkpoint, whole or in part, is done again
@@ -1066,7 +1284,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     with tqdm(initial=len(rows), total=s.steps, desc="train") as bar, open(metrics, "a") as log:
         for step in range(len(rows) + 1, s.steps + 1):
             try:
-                rows.append(train_step(agent, optimizer, reward or agent.task.reward, step))
+                rows.append(train_step(agent, policy, optimizer, reward or agent.task.reward, step))
             except FloatingPointError as e:
                 raise FloatingPointError(f"stopped at step {step}: {e}; {checkpoint} keeps the last good policy") from e
             print(json.dumps(rows[-1]), file=log, flush=True)
@@ -1074,7 +1292,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
             bar.set_postfix({name: f"{rows[-1][name]:.2f}" for name in ("reward", "accuracy")})
             if step % s.save_every == 0 or step == s.steps:
                 os.fsync(log.fileno())
-                weights = dict(model=agent.model.state_dict(), optimizer=optimizer.state_dict())
+                weights = dict(weights=policy.state_dict(), optimizer=optimizer.state_dict())
                 save(checkpoint, dict(step=step, before=before) | weights)
     errors = [row["replay_error"] for row in rows if row["replay_error"] is not None]
     summary = dict(
@@ -1132,7 +1350,7 @@ def answer(settings: Settings) -> str:
     """Answer settings.prompt from the checkpoint in settings.out, with the sparse and with the full cache."""
     agent = Agent(checked(settings))
     agent.check_length(settings.prompt, "--prompt: ")
-    restore(Path(settings.out) / "checkpoint.pt", agent.model)
+    restore(Path(settings.out) / "checkpoint.pt", Policy(agent.model, agent.s))
     lines = []
     for name, evict in (("sparse cache", True), ("full cache", False)):
         generator = torch_stream(agent.s.device, settings.seed, EVALUATION, 2)
@@ -1156,11 +1374,14 @@ def parse(argv: list[str] | None) -> Settings:
         "smd.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     for f in dataclasses.fields(Settings):
-        among, default = f.metadata["among"], "" if f.default in (None, False) else f" (default: {f.default})"
+        among, default = (
+            f.metadata["among"],
+            "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})",
+        )
         help = f.metadata["help"] + (f": {', '.join(among())}" if among else "") + default
         kinds = [t for t in get_args(f.type) or (f.type,) if t is not types.NoneType]
         if kinds == [bool]:
-            parser.add_argument(flag(f.name), action="store_true", help=help)
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=help)
         else:
             kind = number if float in kinds and int in kinds else kinds[0]
             parser.add_argument(flag(f.name), type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))

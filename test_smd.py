@@ -64,7 +64,7 @@ def ragged_rollout(model, policy="snapkv", samples=3, max_new=14, budget=8, leng
 
 
 def replayed_logp(model, rollout, record) -> torch.Tensor:
-    logits = smd.replay(model, rollout, smd.encode_prompts(model, rollout), record)
+    logits = model.logits(smd.replay(model, rollout, smd.encode_prompts(model, rollout), record))
     return smd.token_logp(logits, rollout.response_BR[rollout.mask_BR])
 
 
@@ -299,8 +299,11 @@ def loss_settings(**changes) -> Settings:
 
 def learner(model, rollout, method, **changes):
     """Loss and gradient of a method, with an arbitrary but fixed advantage."""
-    advantage = torch.linspace(-1, 1, len(rollout.response_BR), dtype=torch.float64)
-    loss, _, figures = smd.learner_loss(model, rollout, advantage, None, loss_settings(method=method, **changes))
+    s, policy = loss_settings(method=method, **changes), smd.Policy(model, loss_settings(method=method, **changes))
+    advantage = torch.linspace(-1, 1, len(rollout.response_BR)).to(rollout.logp_BR)
+    batch = smd.prepare(policy, rollout, torch.zeros_like(advantage), s)
+    batch = dataclasses.replace(batch, advantage_BR=advantage[:, None].expand_as(rollout.logp_BR))
+    loss, figures = smd.learner_loss(policy, batch, s)
     return loss, grads(loss, model), figures
 
 
@@ -507,7 +510,7 @@ def test_7_track_2_sends_no_gradient_into_the_shadow_logits():
 
     def kl(target_model):
         shadow, dense = (
-            smd.replay(m, rollout, smd.encode_prompts(m, rollout), record)
+            m.logits(smd.replay(m, rollout, smd.encode_prompts(m, rollout), record))
             for m, record in ((target_model, rollout.evicted_at_LBGT), (model, rollout.dense_LBGT))
         )
         p, q = dense.softmax(-1), shadow.softmax(-1)
@@ -553,7 +556,7 @@ def outcome(out) -> tuple:
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
     moments = [t for per_weight in state["optimizer"]["state"].values() for t in per_weight.values()]
-    tensors = [t.tolist() for t in [*state["model"].values(), *moments]]
+    tensors = [t.tolist() for t in [*state["weights"].values(), *moments]]
     summary = json.loads((Path(out) / "summary.json").read_text())
     return [{k: v for k, v in row.items() if k not in SECONDS} for row in rows], tensors, summary["after"]
 
@@ -720,7 +723,13 @@ def bad_inputs(tmp: Path) -> list:
         (["--lr", "-0.001"], "--lr must be at least 0, got -0.001"),
         (["--lam", "inf"], "--lam must be a finite number, got inf"),
         (["--policy", "lru"], "--policy must be one of streaming, snapkv"),
-        (["--method", "ppo"], "--method must be one of dense, naive, smd, got 'ppo'"),
+        (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
+        (["--objective", "dpo", "--method", "tis"], "take --method dense, naive or smd, got tis"),
+        (["--objective", "reinforce"], "--objective must be one of grpo, ppo, dpo"),
+        (["--kl", "both"], "--kl must be one of reverse, forward"),
+        (["--is-cap", "-1"], "--is-cap must be at least 0, got -1.0"),
+        (["--gae-lam", "1.5"], "--gae-lam must be at most 1, got 1.5"),
+        (["--minibatches", "33"], "--minibatches must be at most --prompts = 32, got 33"),
         (["--encoding", "klingon"], "--encoding must be bytes or one of"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "magic"], "--backend must be one of torch"),
@@ -778,7 +787,7 @@ def test_8_nan_stops_the_run_and_names_the_step(tmp_path, capsys, monkeypatch):
     with pytest.raises(FloatingPointError, match="stopped at step 3: the loss is nan"):
         smd.train(settings, reward=reward)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["weights"].values())
     # an update that destroys the weights is noticed when the sampler meets them, and the command line says so
     monkeypatch.chdir(tmp_path)
     assert smd.main(argv(tiny(tmp_path, "explodes", lr=1e30, lr_warmup=0, save_every=100))) == 2
@@ -789,21 +798,32 @@ def test_8_nan_stops_the_run_and_names_the_step(tmp_path, capsys, monkeypatch):
 # every setting that a run may not change on resumption, with a value that must show in what a tiny run computes
 CHANGES = dict(
     letters=6, hops=2, max_new=6, width=32, layers=1, heads=1, kv_heads=2, warmup_steps=1, warmup_drop=0.0,
-    warmup_slip=0.5, warmup_lr=1e-2, warmup_batch=2, warmup_seed=1, method="naive", lam=0.0, policy="knorm", budget=5,
-    interval=1, window=2, sinks=3, lr=1e-3, lr_warmup=1, clip=1e-4, epochs=2, prompts=3, samples=3, seed=1,
-    eval_prompts=5, diag_every=2,
+    warmup_slip=0.5, warmup_lr=1e-2, warmup_batch=2, warmup_seed=1, method="naive", lam=0.0, kl="forward", is_cap=0.9,
+    objective="ppo", norm_std=False, gae_lam=0.5, value_coef=0.0, dpo_beta=5.0, kl_ref=1.0, policy="knorm", budget=5,
+    interval=1, window=2, sinks=3, lr=1e-3, lr_warmup=1, clip=1e-4, epochs=1, minibatches=2, prompts=3, samples=3,
+    seed=1, eval_prompts=5, diag_every=2,
 )  # fmt: skip
+# some matter only together with another
+TOGETHER = dict(
+    is_cap=dict(method="tis"),
+    gae_lam=dict(objective="ppo"),
+    value_coef=dict(objective="ppo"),
+    dpo_beta=dict(objective="dpo"),
+)
 
 
 def test_8_every_flag_changes_the_result(tmp_path):
-    # two epochs, or nothing could be clipped; sinks that matter need keys that the window would not keep anyway
-    base = dict(epochs=2, steps=3, hops=3, budget=8, lr=1e-2, save_every=10)
-    smd.train(tiny(tmp_path, "base", **base))
     untested = {"data", "encoding", "context"}  # these three decide what is accepted at all, and are tested as such
     assert set(CHANGES) == smd.FIXED - untested
-    for name, value in (CHANGES | {"epochs": 1}).items():
-        smd.train(tiny(tmp_path, name, **base | {name: value}))
-        assert outcome(tmp_path / name) != outcome(tmp_path / "base"), f"{smd.flag(name)} {value} changes nothing"
+    # two epochs, or nothing could be clipped; sinks that matter need keys that the window would not keep anyway
+    base, compared = dict(epochs=2, steps=3, hops=3, budget=8, lr=1e-2, save_every=10), {}
+    for name, value in CHANGES.items():
+        together = TOGETHER.get(name, {})
+        if (key := repr(together)) not in compared:
+            smd.train(tiny(tmp_path, key, **base | together))
+            compared[key] = outcome(tmp_path / key)
+        smd.train(tiny(tmp_path, name, **base | together | {name: value}))
+        assert outcome(tmp_path / name) != compared[key], f"{smd.flag(name)} {value} changes nothing"
 
 
 def test_8_a_file_of_text_trains_end_to_end(tmp_path):
@@ -841,7 +861,7 @@ def judge(prompt: str, response: str, answer: str) -> float:
 def held_out_reward(out: Path, count: int = 512) -> tuple[float, float]:
     """Mean reward of a run's checkpoint on held-out prompts with the sparse cache, and its standard error."""
     agent = smd.Agent(smd.checked(Settings(**smd.read_config(out))))
-    smd.restore(out / "checkpoint.pt", agent.model)
+    smd.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     examples = agent.task.held_out(count)
     texts = agent.respond(examples, 1, True, torch.Generator().manual_seed(0))[1]
     rewards = [judge(e.prompt, text, e.answer) for e, text in zip(examples, texts, strict=True)]
@@ -1138,3 +1158,286 @@ def test_13_the_learner_through_the_kernels_is_the_learner(method):
     assert math.isclose(loss.item(), through.item(), rel_tol=1e-4)
     assert (got - want).norm() <= 1e-4 * want.norm()
     assert method == "naive" or figures["replay_error"] < 1e-5
+
+
+# Lemmas 14 to 22: which gradient each correction and each objective follows. A model so small that all of its
+# responses can be enumerated: 4 tokens, a prompt of 12, 3 response tokens, so 64 responses, and every expectation is a
+# sum. In 15 to 17 the estimator is one response, its advantage the reward less a constant, before the first update.
+
+
+class World:
+    """One prompt, all its responses, scored through the real sampler with a cache of 8 keys."""
+
+    def __init__(self, seed=4, length=3):
+        # weights larger than at a fresh start: attention and distributions sharp enough to differ much
+        self.model = TinyModel(ModelConfig(vocab=4, width=16, layers=2, heads=2, kv_heads=1, ffn=24), seed).double()
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.mul_(15.0 if name.startswith("embed") else 3.0 if p.ndim == 2 else 1.0)
+        generator = torch.Generator().manual_seed(seed)
+        self.prompt = torch.randint(4, (1, 12), generator=generator)
+        self.responses = torch.tensor(list(itertools.product(range(4), repeat=length)))
+        self.reward = torch.rand(len(self.responses), generator=generator, dtype=torch.float64)
+        self.rollout = self.score()
+        self.p = self.rollout.logp_BR.sum(dim=1).exp()  # of each response
+
+    def score(self, eviction=Eviction("snapkv", 8, interval=1, window=2, sinks=1)):  # noqa: B008
+        count, length = self.responses.shape
+        args = self.model, self.prompt, torch.tensor([0]), count, length, -1, eviction
+        return smd.sample(*args, forced_BR=self.responses)
+
+    def logits(self, record, model=None):
+        model = model or self.model
+        return model.logits(smd.replay(model, self.rollout, smd.encode_prompts(model, self.rollout), record))
+
+    def logp(self, dense: bool):
+        """Differentiable log-probs (responses, tokens) of π_dense or π_shadow."""
+        record = self.rollout.dense_LBGT if dense else self.rollout.evicted_at_LBGT
+        return smd.token_logp(self.logits(record), self.responses.flatten()).view(self.responses.shape)
+
+    def objective_gradient(self, dense: bool):
+        """∇J = ∇ Σ_y p(y) r(y)."""
+        return grads((self.logp(dense).sum(dim=1).exp() * self.reward).sum(), self.model)
+
+    def expected(self, method, coefficient_B, weight_BR=None, **changes):
+        """-Σ_y coefficient(y) · ∇ of the learner's loss of y with advantage 1, summed over tokens."""
+        s = loss_settings(method=method, lam=0.0, max_new=self.responses.shape[1], is_cap=math.inf, **changes)
+        policy = smd.Policy(self.model, s)
+        batch = smd.prepare(policy, self.rollout, self.reward, s)
+        batch = dataclasses.replace(batch, advantage_BR=coefficient_B[:, None].expand_as(batch.weight_BR))
+        if weight_BR is not None:
+            batch = dataclasses.replace(batch, weight_BR=weight_BR)
+        return -grads(smd.learner_loss(policy, batch, s)[0], self.model) * self.responses.numel()
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def apart(got, want) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_14_the_probabilities_of_all_responses_sum_to_1_and_they_evict_differently(world):
+    assert abs(world.p.sum() - 1) < 1e-14
+    records = world.rollout.evicted_at_LBGT.transpose(0, 1).flatten(1)
+    assert len(records.unique(dim=0)) > 1
+    dense = world.score(None).logp_BR
+    assert (dense - world.rollout.logp_BR).abs().max() > 0.1, "sparse and dense differ"
+
+
+def test_15_smd_follows_the_gradient_of_the_sparse_policy(world):
+    got = world.expected("smd", world.p * (world.reward - 0.3))
+    assert apart(got, world.objective_gradient(dense=False)) < 1e-12
+
+
+def test_15_and_so_says_the_sampler_alone(world):
+    """Central differences of J_sparse, without the learner. What is evicted does not change over the step: this is the
+    gradient of the piece, and there is none for the choice of what to keep."""
+    gradient, weights = world.objective_gradient(dense=False), list(world.model.parameters())
+    before = torch.nn.utils.parameters_to_vector(weights).detach()
+    for seed in range(3):
+        direction = torch.randn(len(before), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        direction /= direction.norm()
+        ends = []
+        for step in (1e-5, -1e-5):
+            torch.nn.utils.vector_to_parameters(before + step * direction, weights)
+            rollout = world.score()
+            assert torch.equal(rollout.evicted_at_LBGT, world.rollout.evicted_at_LBGT), "the piece ends here"
+            ends.append((rollout.logp_BR.sum(dim=1).exp() * world.reward).sum().item())
+        torch.nn.utils.vector_to_parameters(before, weights)
+        assert abs((ends[0] - ends[1]) / 2e-5 - gradient @ direction) < 1e-6 * gradient.norm()
+
+
+def test_16_naive_follows_neither_gradient(world):
+    got = world.expected("naive", world.p * (world.reward - 0.3))
+    assert apart(got, world.objective_gradient(dense=False)) > 0.2
+    assert apart(got, world.objective_gradient(dense=True)) > 0.2
+
+
+def test_17_only_the_untruncated_sequence_weight_follows_the_dense_gradient(world):
+    sparse, dense = world.objective_gradient(dense=False), world.objective_gradient(dense=True)
+    coefficient = world.p * (world.reward - 0.3)
+    assert apart(world.expected("seq_is", coefficient), dense) < 1e-12
+    log_ratio = world.logp(dense=True).detach() - world.rollout.logp_BR
+    everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
+    weights = {"tis": smd.token_is(log_ratio, everywhere, 2.0), "seq_is": smd.sequence_is(log_ratio, everywhere, 2.0)}
+    weights["sparse_rl"] = smd.sparse_rl(log_ratio, everywhere, 1.5)
+    weights["sparse_rl"] /= world.p @ weights["sparse_rl"].mean(dim=1)  # the exact mean weight, not a batch's
+    for method, weight in weights.items():
+        got = world.expected(method, coefficient, weight)
+        assert apart(got, sparse) > 0.1 and apart(got, dense) > 0.1, method
+
+
+def test_17_the_weights_by_hand():
+    log_ratio, half = torch.tensor([[4.0, 0.5], [0.25, 1.0]]).log(), torch.tensor([[True, True], [True, False]])
+    assert torch.allclose(smd.token_is(log_ratio, half, 2.0), torch.tensor([[2.0, 0.5], [0.25, 1.0]]))
+    assert torch.allclose(smd.sequence_is(log_ratio, half, math.inf), torch.tensor([[2.0, 2.0], [0.25, 0.25]]))
+    assert torch.allclose(smd.sequence_is(log_ratio, half, 1.5), torch.tensor([[1.5, 1.5], [0.25, 0.25]]))
+    # (1.5 + 0.5 + 0.25) / 3 = 0.75
+    assert torch.allclose(smd.sparse_rl(log_ratio, half, 1.5)[half], torch.tensor([1.5, 0.5, 0.25]) / 0.75)
+    vetoed = torch.tensor([[4.0, 9e-5], [0.25, 1.0]]).log()
+    assert torch.allclose(smd.sparse_rl(vetoed, half, 1.5)[half], torch.tensor([0.0, 0.0, 3.0]))
+
+
+def test_18_the_baseline_of_a_group_halves_the_gradient_and_its_deviation_turns_it(world):
+    """All groups of two: the bias is GRPO's own, which SMD neither adds to nor repairs."""
+    first, second = (t.flatten() for t in torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij"))
+    groups, gradient = world.reward[torch.stack((first, second), dim=1)], world.objective_gradient(dense=False)
+    found = {}
+    for norm_std in (False, True):
+        advantage = smd.group_advantage(groups, norm_std)
+        # the loss is the mean over the two, and each group has probability p p'
+        weighted = advantage * (world.p[first] * world.p[second] / 2)[:, None]
+        coefficient = torch.zeros(64, dtype=torch.float64)
+        coefficient.index_add_(0, first, weighted[:, 0]).index_add_(0, second, weighted[:, 1])
+        found[norm_std] = world.expected("smd", coefficient)
+    assert apart(found[False], gradient / 2) < 1e-12
+    assert F.cosine_similarity(found[True], gradient, dim=0) < 0.999
+
+
+def test_19_the_spread_of_sequence_weights_never_falls_as_responses_grow():
+    world = World(length=5)
+    with torch.no_grad():
+        log_ratio = (world.logp(dense=True) - world.rollout.logp_BR).cumsum(dim=1)
+    second_moment = world.p @ (2 * log_ratio).exp()  # of the weight of the first 1 to 5 tokens
+    assert second_moment[0] >= 1 and (second_moment.diff() >= -1e-12).all()
+    assert second_moment[-1] > 1.1 * second_moment[0], "control: here it grows"
+    assert (world.p @ log_ratio.exp() - 1).abs().max() < 1e-12, "and the mean weight is 1 at any length"
+
+
+def test_20_track_2_is_the_gradient_of_the_enumerated_kl(world):
+    """Against a sum over the vocabulary by hand; the sparse distribution comes from the sampler."""
+    P, tokens = world.prompt.shape[1], torch.cat((world.prompt.expand(64, -1), world.responses[:, :-1]), dim=1)
+    no_padding = torch.zeros(64, dtype=torch.long)
+    record = padding_record(no_padding, tokens.shape[1]).expand(2, -1, 1, -1)
+    dense = world.model.logits(world.model(tokens, no_padding, record)[:, P - 1 :]).log_softmax(dim=-1)
+    # log π_sparse(v | prefix) is what the sampler recorded for the response that goes on with v
+    sparse = torch.empty_like(dense)
+    index = {tuple(y): n for n, y in enumerate(world.responses.tolist())}
+    for y, n in index.items():
+        for t in range(3):
+            for v in range(4):
+                sparse[n, t, v] = world.rollout.logp_BR[index[(*y[:t], v, *y[t + 1 :])], t]
+    want = {"reverse": (dense.exp() * (dense - sparse)), "forward": (sparse.exp() * (sparse - dense))}
+    for kl, terms in want.items():
+        with_track, without = (learner(world.model, world.rollout, "smd", lam=lam, kl=kl) for lam in (1.0, 0.0))
+        expected = grads(terms.sum(dim=-1).mean(), world.model) if kl == "forward" else None
+        if expected is None:
+            dense = world.model.logits(world.model(tokens, no_padding, record)[:, P - 1 :]).log_softmax(dim=-1)
+            expected = grads((dense.exp() * (dense - sparse)).sum(dim=-1).mean(), world.model)
+        compare(f"track 2, {kl}", with_track[1] - without[1], expected, 1e-10)
+
+
+def test_20_k3_pulls_along_the_kl_from_the_reference(world):
+    other, at = World(seed=1), world.rollout.evicted_at_LBGT
+    ref = world.logits(at, other.model).log_softmax(dim=-1).detach().view(64, 3, 4)
+    logits = world.logits(at).log_softmax(dim=-1).view(64, 3, 4)
+    token = world.responses[..., None]
+    pairs = [t.gather(-1, token)[..., 0] for t in (logits, ref)]
+    everywhere = torch.ones(1, 3, dtype=torch.bool)
+    expected = sum(p * smd.k3(*(t[n : n + 1] for t in pairs), everywhere) for n, p in enumerate(world.p))
+    forward = (world.p[:, None, None] * ref.exp() * (ref - logits)).sum() / 3
+    backward = (world.p[:, None, None] * logits.exp() * (logits - ref)).sum() / 3
+    got, right, wrong = (
+        torch.autograd.grad(x, list(world.model.parameters()), retain_graph=True) for x in (expected, forward, backward)
+    )
+    got, right, wrong = (torch.cat([g.flatten() for g in x]) for x in (got, right, wrong))
+    assert apart(got, right) < 1e-12 and apart(got, wrong) > 0.1
+
+
+def test_21_ppo_with_both_lambdas_1_is_reinforce(world):
+    s = loss_settings(objective="ppo", method="smd", lam=0.0, max_new=3, norm_std=False, value_coef=0.0)
+    want = grads(-(world.p * world.reward)[:, None].mul(world.logp(dense=False)).sum(), world.model)
+    for gae_lam, same in ((1.0, True), (0.95, False)):
+        s = dataclasses.replace(s, gae_lam=gae_lam)
+        policy = smd.Policy(world.model, s)  # the critic is zero at first
+        batch = smd.prepare(policy, world.rollout, world.reward, s)
+        # each response as often as it is drawn
+        batch = dataclasses.replace(batch, advantage_BR=batch.advantage_BR * world.p[:, None] * world.responses.numel())
+        assert (apart(grads(smd.learner_loss(policy, batch, s)[0], world.model), want) < 1e-12) == same
+
+
+def test_21_gae_by_hand():
+    # two tokens, then one; γ = 1, λ = 1/2: δ = V' - V = 0.25, then r - V = 1 - 0.5; A = 0.25 + 0.5 · 0.5, 0.5
+    reward, value = torch.tensor([1.0, 2.0]), torch.tensor([[0.25, 0.5], [0.5, 9.0]])
+    got = smd.gae(reward, value, torch.tensor([[True, True], [True, False]]), 0.5)
+    assert torch.equal(got, torch.tensor([[0.5, 0.5], [1.5, 0.0]]))
+
+
+def test_21_the_value_loss_is_clipped_by_hand():
+    value, old, want = torch.tensor([[1.0, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2)
+    # V = 1 is right, but 0.2 is as far as it may have moved: ½ (0.2 - 1)²; V = 0.1 has moved less: ½ (0.1 - 1)²
+    got = smd.value_loss(value, old, want, torch.ones(1, 2, dtype=torch.bool), 0.2)
+    assert torch.isclose(got, torch.tensor((0.5 * 0.64 + 0.5 * 0.81) / 2))
+
+
+def test_21_the_critic_sees_what_the_sampler_saw(world, monkeypatch):
+    hidden, logits = [], TinyModel.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyModel, "logits", lambda m, x: hidden.append(x) or logits(m, x))
+        world.score()
+    s = loss_settings(objective="ppo", method="smd", max_new=3)
+    policy = smd.Policy(world.model, s)
+    torch.nn.init.normal_(policy.critic.weight)
+    seen = policy.critic(torch.stack(hidden, dim=1))[..., 0]
+    for method, same in (("smd", True), ("naive", False)):
+        batch = smd.prepare(policy, world.rollout, world.reward, dataclasses.replace(s, method=method))
+        assert torch.allclose(batch.value_BR, seen, atol=1e-10) == same
+
+
+def test_21_dpo_against_finite_differences_and_without_pairs(world):
+    s = loss_settings(objective="dpo", method="smd", lam=0.0, dpo_beta=0.5)
+    policy = smd.Policy(world.model, s)
+    with torch.no_grad():
+        for p in policy.reference.parameters():
+            p.mul_(0.9)
+    batch = smd.prepare(policy, world.rollout, world.reward, s)
+    gradient, weights = grads(smd.learner_loss(policy, batch, s)[0], world.model), list(world.model.parameters())
+    before = torch.nn.utils.parameters_to_vector(weights).detach()
+    direction = F.normalize(
+        torch.randn(len(before), generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=0
+    )
+    ends, best, worst = [], world.reward.argmax(), world.reward.argmin()
+    for step in (1e-5, -1e-5):
+        torch.nn.utils.vector_to_parameters(before + step * direction, weights)
+        margin = world.score().logp_BR.sum(dim=1) - batch.ref_logp_BR.sum(dim=1)
+        ends.append(math.log1p(math.exp(-0.5 * (margin[best] - margin[worst]).item())))
+    torch.nn.utils.vector_to_parameters(before, weights)
+    assert abs((ends[0] - ends[1]) / 2e-5 - gradient @ direction) < 1e-6 * gradient.norm()
+    tied = dataclasses.replace(batch, reward_B=torch.ones(64, dtype=torch.float64))
+    loss = smd.learner_loss(policy, tied, s)[0]
+    assert loss == 0 and (grads(loss, world.model) == 0).all()
+
+
+def test_22_the_ratio_of_smd_is_to_the_recorded_log_prob(world):
+    for dense, one in ((False, True), (True, False)):
+        ratio = (world.logp(dense) - world.rollout.logp_BR).exp()
+        assert torch.allclose(ratio, torch.ones_like(ratio), rtol=0, atol=1e-12) == one
+
+
+def test_22_minibatches_of_all_prompts_are_the_batch():
+    """The mean over parts of a gradient that is a sum over prompts, before the first update."""
+    model, s = small_model(), loss_settings(method="smd", lam=0.0)
+    rollout, policy = ragged_rollout(model), smd.Policy(model, s)
+    batch = smd.prepare(policy, rollout, torch.arange(12.0, dtype=torch.float64) % 5, s)
+    whole = grads(smd.learner_loss(policy, batch, s)[0], model)
+    parts = [grads(smd.learner_loss(policy, batch.of_prompts(n), s)[0], model) for n in torch.arange(4).chunk(2)]
+    compare("minibatches", (parts[0] + parts[1]) / 2, whole, 1e-12)
+
+
+@pytest.mark.parametrize("objective", list(smd.OBJECTIVES))
+@pytest.mark.parametrize("method", list(smd.METHODS))
+def test_22_every_pair_trains(tmp_path, method, objective, capsys):
+    settings = tiny(tmp_path, method=method, objective=objective, steps=2, epochs=2, minibatches=2, kl_ref=0.01)
+    if objective == "dpo" and smd.METHODS[method].weight:
+        assert smd.main(argv(settings)) == 2 and "take --method dense, naive or smd" in capsys.readouterr().err
+        return
+    smd.train(settings, reward=lambda prompt, response, answer: sum(map(ord, response)) % 8 / 8)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = ["kl_sparse_dense", "overlap_p05", "ess_token", "ess_sequence", "max_weight_token", "max_weight_sequence"]
+    assert len(rows) == 2 and all(math.isfinite(rows[0][name]) for name in names)
+    assert rows[1]["grad_norm"] > 0 and all(0 < rows[0][name] <= 1 + 1e-9 for name in ("ess_token", "ess_sequence"))
+    if method == "dense":
+        assert abs(rows[0]["ess_token"] - 1) < 1e-6 and rows[0]["overlap_p05"] > 1 - 1e-5
