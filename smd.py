@@ -58,9 +58,9 @@ class UsageError(ValueError):
     """What the user gave cannot be used; the message names the value and the fix. The command line exits with 2."""
 
 
-def opt(default, help: str, low: float | None = None, among: Callable | None = None, free: bool = False):
-    """A setting's default, help, least value and choices; `free`: it may differ between a run and its resumption."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, among=among, free=free))
+def opt(default, help: str, low: float | None = None, free: bool = False):
+    """A setting's default, help and least value; `free`: a run that is resumed may be given another."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, free=free))
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,17 @@ class Settings:
     warmup_lr: float = opt(3e-3, "supervised steps: learning rate", 0)
     warmup_batch: int | None = opt(None, "supervised steps: examples per step (default: 64; with --data 8)", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
-    method: str = opt("smd", "what the learner sees, and the weights it gives to tokens", among=lambda: METHODS)
+    method: str = opt("smd", "what the learner sees, and the weights it gives to tokens")
     lam: float = opt(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
-    kl: str = opt(
-        "reverse", "smd: KL(dense ‖ shadow) in track 2 or, forward, KL(shadow ‖ dense)", among=lambda: TRACK_2
-    )
+    kl: str = opt("reverse", "smd: KL(dense ‖ shadow) in track 2 or, forward, KL(shadow ‖ dense)")
     is_cap: float | None = opt(None, "truncation of weights (default: tis 2, sparse_rl 1.5, seq_is none)", 0)
-    objective: str = opt(
-        "grpo", "what the learner maximises; dpo goes with dense, naive and smd", among=lambda: OBJECTIVES
-    )
+    objective: str = opt("grpo", "what the learner maximises; dpo: with dense, naive and smd")
     norm_std: bool = opt(True, "divide advantages by their standard deviation, grpo: the group's, ppo: the batch's")
     gae_lam: float = opt(0.95, "ppo: λ of generalised advantage estimation", 0)
     value_coef: float = opt(0.5, "ppo: weight of the critic's loss", 0)
     dpo_beta: float = opt(0.1, "dpo: β, how far the policy may leave the base policy", 0)
     kl_ref: float = opt(0.0, "weight of k3, the KL to the base policy", 0)
-    policy: str = opt("snapkv", "eviction policy", among=lambda: POLICIES)
+    policy: str = opt("snapkv", "eviction policy")
     budget: int | float | None = opt(None, "keys kept: count or share of the prompt (default: 18; with --data 0.5)")
     interval: int = opt(4, "response tokens between two compressions of the cache", 1)
     window: int = opt(4, "observation window of snapkv, rkv and random, in queries", 1)
@@ -112,10 +108,8 @@ class Settings:
     eval_prompts: int = opt(1024, "held-out prompts of the evaluation before and after, at most", 1)
     diag_every: int = opt(10, "steps between two measurements of KL(sparse ‖ dense)", 1)
     save_every: int = opt(20, "steps between two checkpoints", 1, free=True)
-    device: str | None = opt(None, "default: cuda where there is one", among=lambda: ("cpu", "cuda"), free=True)
-    backend: str | None = opt(
-        None, "attention; default: triton on cuda, else torch", among=lambda: kernel.BACKENDS, free=True
-    )
+    device: str | None = opt(None, "default: cuda where there is one", free=True)
+    backend: str | None = opt(None, "attention; default: triton on cuda, else torch", free=True)
     out: str | None = opt(None, "folder of the run (default: a new one under out/)", free=True)
     cache: str = opt("out/cache", "folder in which base policies are kept", free=True)
     resume: bool = opt(False, "continue the run in --out; what is not given is taken from it", free=True)
@@ -130,33 +124,28 @@ def flag(name: str) -> str:
 def checked(s: Settings) -> Settings:
     """Settings with the defaults that depend on task and machine; UsageError for what no run could use."""
     for f in dataclasses.fields(s):
-        value, low, among = getattr(s, f.name), f.metadata["low"], f.metadata["among"]
+        value, low, among = getattr(s, f.name), f.metadata["low"], CHOICES.get(f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag(f.name)} must be a finite number, got {value}")
         if value is not None and low is not None and value < low:
             raise UsageError(f"{flag(f.name)} must be at least {low}, got {value}")
-        if value is not None and among and value not in among():
-            raise UsageError(f"{flag(f.name)} must be one of {', '.join(among())}, got {value!r}")
+        if value is not None and among and value not in among:
+            raise UsageError(f"{flag(f.name)} must be one of {', '.join(among)}, got {value!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chain = dict(
-        context=128, max_new=s.hops + 1, budget=18, warmup_steps=400, warmup_batch=64, prompts=32, device=device
-    )
-    text = dict(context=2048, max_new=128, budget=0.5, warmup_steps=100, warmup_batch=8, prompts=8, device=device)
-    missing = {k: v for k, v in (chain if s.data is None else text).items() if getattr(s, k) is None}
-    s = dataclasses.replace(s, **missing)
+    defaults = dict(context=128, max_new=s.hops + 1, budget=18, warmup_steps=400, warmup_batch=64, prompts=32)
+    if s.data is not None:
+        defaults = dict(context=2048, max_new=128, budget=0.5, warmup_steps=100, warmup_batch=8, prompts=8)
+    s = dataclasses.replace(s, **{k: v for k, v in (defaults | {"device": device}).items() if getattr(s, k) is None})
     for bad, message in (
         (s.width % (2 * s.heads), f"--width must be a multiple of 2 * heads = {2 * s.heads}, got {s.width}"),
         (s.heads % s.kv_heads, f"--kv-heads must divide heads = {s.heads}, got {s.kv_heads}"),
         (s.letters > 26, f"--letters must be at most 26, got {s.letters}"),
-        (
-            s.device == "cuda" and device == "cpu",
-            "--device cuda: this machine has no usable CUDA device; take --device cpu",
-        ),
+        (s.device == "cuda" != device, "--device cuda: this machine has no usable CUDA device; take --device cpu"),
         (s.gae_lam > 1, f"--gae-lam must be at most 1, got {s.gae_lam}"),
         (s.minibatches > s.prompts, f"--minibatches must be at most --prompts = {s.prompts}, got {s.minibatches}"),
         (
-            s.objective == "dpo" and METHODS[s.method].weight is not None,
-            f"--objective dpo has no token to weight; take --method dense, naive or smd, got {s.method}",
+            s.objective == "dpo" and METHODS[s.method].weight,
+            f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}",
         ),
         (s.resume and s.overwrite, "--resume and --overwrite exclude each other; take one of them"),
     ):
@@ -931,6 +920,10 @@ def dpo(batch: Batch, logp_BR: Tensor, value_BR: None, s: Settings) -> tuple[Ten
 
 OBJECTIVES = {"grpo": grpo, "ppo": ppo, "dpo": dpo}
 
+# what a setting may be chosen from
+CHOICES = dict(method=METHODS, kl=TRACK_2, objective=OBJECTIVES, policy=POLICIES)
+CHOICES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS)
+
 
 class Policy(nn.Module):
     """What is trained: the model and, with ppo, a critic on its hidden states; and the frozen base policy, if used."""
@@ -1314,22 +1307,20 @@ def draw_curves(rows: list[dict], summary: dict, path: Path) -> None:
     import matplotlib.pyplot as plt  # here, because it takes a second that a test or an error message need not wait
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps = [row["step"] for row in rows]
-    for name, colour in (("reward", "tab:gray"), ("accuracy", "tab:green")):
-        left.plot(steps, [row[name] for row in rows], color=colour, alpha=0.7, label=f"{name} of the rollouts")
+    for axis, name, colour, label in (
+        (left, "reward", "tab:gray", "reward of the rollouts"),
+        (left, "accuracy", "tab:green", "accuracy of the rollouts"),
+        (right, "replay_error", "tab:blue", "replay error: max |log π_shadow - log π_sparse|"),
+        (right, "kl_sparse_dense", "tab:orange", "KL(π_sparse ‖ π_dense), nats a token"),
+    ):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axis.plot(*np.reshape(points, (-1, 2)).T, ".-", markersize=3, color=colour, label=label)
     for name, colour in (("sparse", "tab:blue"), ("dense", "tab:orange")):
         ends = [summary[when][name] for when in ("before", "after")]
         left.plot([0, summary["steps"]], ends, "o:", color=colour, label=f"held-out accuracy, {name} cache")
-    left.set(xlabel="step", ylim=(0, 1))
-    for name, label in (
-        ("replay_error", "replay error: max |log π_shadow - log π_sparse|"),
-        ("kl_sparse_dense", "KL(π_sparse ‖ π_dense), nats a token"),
-    ):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        right.plot(*np.reshape(points, (-1, 2)).T, ".-", label=label)
-    right.set(xlabel="step", ylim=(0, None))
-    left.legend(frameon=False)
-    right.legend(frameon=False)
+    for axis, top in ((left, 1), (right, None)):
+        axis.set(xlabel="step", ylim=(0, top))
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -1374,14 +1365,13 @@ def parse(argv: list[str] | None) -> Settings:
         "smd.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     for f in dataclasses.fields(Settings):
-        among, default = (
-            f.metadata["among"],
-            "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})",
-        )
-        help = f.metadata["help"] + (f": {', '.join(among())}" if among else "") + default
+        among = CHOICES.get(f.name)
+        default = "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})"
+        help = f.metadata["help"] + (f": {', '.join(among)}" if among else "") + default
         kinds = [t for t in get_args(f.type) or (f.type,) if t is not types.NoneType]
         if kinds == [bool]:
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=help)
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            parser.add_argument(flag(f.name), action=action, help=help)
         else:
             kind = number if float in kinds and int in kinds else kinds[0]
             parser.add_argument(flag(f.name), type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))

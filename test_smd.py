@@ -724,7 +724,7 @@ def bad_inputs(tmp: Path) -> list:
         (["--lam", "inf"], "--lam must be a finite number, got inf"),
         (["--policy", "lru"], "--policy must be one of streaming, snapkv"),
         (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
-        (["--objective", "dpo", "--method", "tis"], "take --method dense, naive or smd, got tis"),
+        (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
         (["--objective", "reinforce"], "--objective must be one of grpo, ppo, dpo"),
         (["--kl", "both"], "--kl must be one of reverse, forward"),
         (["--is-cap", "-1"], "--is-cap must be at least 0, got -1.0"),
