@@ -476,12 +476,13 @@ def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int
         visible_BHqT = (j <= i[:, None]) & (i[:, None] < by_head[:, :, None])
         return lambda: sdpa(attn_mask=visible_BHqT)
 
-    def flex():
-        def seen(b, h, i, j):
-            return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
+    def seen(b, h, i, j):
+        return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
 
-        block_mask = torch.compile(flex_attention.create_block_mask)(seen, 1, H, Tq, T, device=q.device)
-        attention = torch.compile(flex_attention.flex_attention)
+    listed, attention = (torch.compile(f) for f in (flex_attention.create_block_mask, flex_attention.flex_attention))
+
+    def flex():
+        block_mask = listed(seen, 1, H, Tq, T, device=q.device)
         return lambda: attention(q, k, v, block_mask=block_mask, enable_gqa=True)
 
     def ours():
@@ -511,13 +512,14 @@ def measure(prepare, qkv: list[Tensor], pairs: int) -> dict:
         # two products of matrices forward and five backward, 2 D operations for a pair in each
         for name, products in (("forward", 2), ("both", 7)):
             row[f"tflops_{name}"] = products * 2 * do.shape[-1] * pairs / row[name] / 1e9
-    except torch.OutOfMemoryError:
-        row["error"] = "out of memory"
+    except RuntimeError as e:
+        row["error"] = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).splitlines()[0][:80]
     return row
 
 
 def main() -> int:
     device, H, G, ratios, times = "cuda" if torch.cuda.is_available() else "cpu", 16, 4, [], []
+    torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
     errors = check(device)
     for name, error in errors.items():
         print(f"{name:39} error {error:4.1f} eps: {'ok' if error < 16 else 'WRONG'}")

@@ -1149,15 +1149,17 @@ def test_12_the_kernels_compile_ahead_of_time():
 # Lemma 13: the learner trains through the kernels
 
 
-@pytest.mark.parametrize("method", list(smd.METHODS))
+@pytest.mark.parametrize("method", ["dense", "naive", "smd"])
 def test_13_the_learner_through_the_kernels_is_the_learner(method):
-    model = small_model(torch.float32).to(GPU)
+    model = small_model(torch.float32)
     rollout = ragged_rollout(model, budget=None if method == "dense" else 8, samples=2, max_new=8)
+    tensors = {name: x.to(GPU) for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
+    model, rollout = model.to(GPU), dataclasses.replace(rollout, **tensors)
     loss, want, _ = learner(model, rollout, method, backend="torch")
     through, got, figures = learner(model, rollout, method, backend="triton")
     assert math.isclose(loss.item(), through.item(), rel_tol=1e-4)
     assert (got - want).norm() <= 1e-4 * want.norm()
-    assert method == "naive" or figures["replay_error"] < 1e-5
+    assert figures.get("replay_error", 0.0) < 1e-5
 
 
 # Lemmas 14 to 22: which gradient each correction and each objective follows. A model so small that all of its

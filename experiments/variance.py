@@ -1,6 +1,6 @@
 """How noisy is one response's gradient? tr Cov / ‖mean‖² of SMD and of sequence importance weights, enumerated.
 
-    python -m experiments.variance          a minute on 2 cores; writes assets/variance.png and prints the table
+    python -m experiments.variance          75 s on one core; writes assets/variance.png and prints the table
 
 Five random models of the size that the proofs in test_smd.py use; all 4^k responses of k tokens are scored through the
 real sampler, so that mean and covariance are sums, not estimates. The reward of a response is a random number less its
@@ -59,9 +59,8 @@ def main() -> None:
         axis.annotate(
             name, (LENGTHS[-1], median[-1]), xytext=(6, 0), textcoords="offset points", color=colour, va="center"
         )
-    axis.set(
-        xlabel="response tokens", ylabel="tr Cov / ‖mean‖² of one response's gradient", yscale="log", xticks=LENGTHS
-    )
+    axis.set(xlabel="response tokens", ylabel="tr Cov / ‖mean‖² of one response's gradient", yscale="log")
+    axis.set(xticks=LENGTHS, xlim=(0.8, 5.6))  # room for the names
     figure.savefig("assets/variance.png", dpi=120)
 
 
