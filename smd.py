@@ -106,6 +106,7 @@ class Settings:
     samples: int = opt(8, "samples per prompt: the group of GRPO", 1)
     seed: int = opt(0, "seed of the training prompts and of the sampler", 0)
     eval_prompts: int = opt(1024, "held-out prompts of the evaluation before and after, at most", 1)
+    eval_every: int = opt(0, "steps between two evaluations on the held-out prompts while training; 0: none", 0)
     diag_every: int = opt(10, "steps between two measurements of KL(sparse ‖ dense)", 1)
     save_every: int = opt(20, "steps between two checkpoints", 1, free=True)
     device: str | None = opt(None, "default: cuda where there is one", free=True)
@@ -1280,6 +1281,8 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                 rows.append(train_step(agent, policy, optimizer, reward or agent.task.reward, step))
             except FloatingPointError as e:
                 raise FloatingPointError(f"stopped at step {step}: {e}; {checkpoint} keeps the last good policy") from e
+            if s.eval_every and step % s.eval_every == 0:
+                rows[-1] |= {f"held_out_{name}": share for name, share in agent.evaluate().items() if name != "prompts"}
             print(json.dumps(rows[-1]), file=log, flush=True)
             bar.update()
             bar.set_postfix({name: f"{rows[-1][name]:.2f}" for name in ("reward", "accuracy")})

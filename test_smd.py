@@ -801,7 +801,7 @@ CHANGES = dict(
     warmup_slip=0.5, warmup_lr=1e-2, warmup_batch=2, warmup_seed=1, method="naive", lam=0.0, kl="forward", is_cap=0.9,
     objective="ppo", norm_std=False, gae_lam=0.5, value_coef=0.0, dpo_beta=5.0, kl_ref=1.0, policy="knorm", budget=5,
     interval=1, window=2, sinks=3, lr=1e-3, lr_warmup=1, clip=1e-4, epochs=1, minibatches=2, prompts=3, samples=3,
-    seed=1, eval_prompts=5, diag_every=2,
+    seed=1, eval_prompts=5, eval_every=2, diag_every=2,
 )  # fmt: skip
 # some matter only together with another
 TOGETHER = dict(
@@ -1443,3 +1443,29 @@ def test_22_every_pair_trains(tmp_path, method, objective, capsys):
     assert rows[1]["grad_norm"] > 0 and all(0 < rows[0][name] <= 1 + 1e-9 for name in ("ess_token", "ess_sequence"))
     if method == "dense":
         assert abs(rows[0]["ess_token"] - 1) < 1e-6 and rows[0]["overlap_p05"] > 1 - 1e-5
+
+
+# Lemma 23: the README speaks of what there is
+
+
+def test_23_what_the_readme_names_exists():
+    folder = Path(__file__).parent
+    text = (folder / "README.md").read_text()
+    flags = {smd.flag(f.name) for f in dataclasses.fields(Settings)} | {"--no-norm-std"}
+    for source in folder.glob("experiments/*.py"):
+        flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source.read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert named and named <= flags, named - flags
+    modules = {"smd": smd, "kernel": kernel}
+    names = set(re.findall(r"`(smd|kernel)\.(\w+)", text)) - {("smd", "py"), ("kernel", "py")}
+    assert len(names) >= 10 and not [name for module, name in names if not hasattr(modules[module], name)]
+    files = re.findall(r"\]\(([\w/.]+)\)", text) + [
+        f"{m.replace('.', '/')}.py" for m in re.findall(r"-m (experiments\.\w+)", text)
+    ]
+    assert "assets/curves.png" in files and not [file for file in files if not (folder / file).exists()]
+    anchors = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(code, "README.md", "exec")

@@ -1,0 +1,75 @@
+"""What the experiments share: runs that are kept and resumed, tables, one look for all figures."""
+
+import contextlib
+import io
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+import smd
+
+# the same colour for the same method everywhere, readable on white and on black
+COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
+# Student's t for 95 %, by degrees of freedom
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def run(out: Path, **settings) -> tuple[dict, list[dict]]:
+    """summary.json and the rows of metrics.jsonl of a run in `out`: read if it is finished, resumed if it was begun."""
+    if not (out / "summary.json").exists():
+        begun = (out / "config.json").exists()
+        # one bar is enough: that of the experiment
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            smd.train(smd.Settings(out=str(out), resume=begun, **settings))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), rows
+
+
+def run_all(jobs: dict[Path, dict], title: str) -> dict[Path, tuple[dict, list[dict]]]:
+    """All jobs, folder -> settings, one after the other. Ctrl-C keeps what is finished."""
+    return {out: run(out, **settings) for out, settings in tqdm(jobs.items(), desc=title)}
+
+
+def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
+    """The columns of a table, of one run."""
+    diagnosed = [row for row in rows if "kl_sparse_dense" in row]
+    return {
+        "sparse %": 100 * summary["after"]["sparse"],
+        "dense %": 100 * summary["after"]["dense"],
+        "mean reward": statistics.mean(row["reward"] for row in rows),
+        "KL(sparse‖dense)": diagnosed[-1]["kl_sparse_dense"],
+        "least ESS": min(row["ess_sequence"] for row in diagnosed),
+        "overlap p05": min(row["overlap_p05"] for row in diagnosed),
+        "KV MB": max(row["kv_bytes"] for row in rows) / 1e6,
+        "seconds": sum(row[f"seconds_{part}"] for row in rows for part in ("sample", "learn")),
+    }
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval; NaN for one value alone."""
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return statistics.mean(values), T_95.get(len(values) - 1, 2.0) * spread / len(values) ** 0.5
+
+
+def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
+    """Mean ± 95 % interval over the seeds of each group, as text; and as Markdown into `path`."""
+    columns = list(next(iter(groups.values()))[0])
+    cells = [["", *columns]]
+    for name, seeds in groups.items():
+        pairs = (mean_and_interval([figures[column] for figures in seeds]) for column in columns)
+        cells.append([name, *(f"{mean:.3g} ± {half:.2g}" for mean, half in pairs)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    marked = ["| " + " | ".join(row) + " |" for row in cells]
+    smd.write(path, "\n".join([marked[0], "|" + "---|" * len(cells[0]), *marked[1:]]) + "\n")
+    return "\n".join(lines)
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(path)

@@ -1,0 +1,54 @@
+"""One prompt, decoded, and what every layer and head could see of it while it was answered.
+
+    python -m experiments.show --out out/smd-001                a held-out prompt, from the checkpoint of a run
+    python -m experiments.show --out out/smd-001 --prompt TEXT
+
+Rows are queries, columns keys; a key is dark while it is visible, and fades out at the query from which on it is gone.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import smd
+from experiments.runs import save
+
+
+def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
+    """The record of sequence 0, one panel for each layer (down) and kv head (across)."""
+    L, _, G, T = rollout.evicted_at_LBGT.shape
+    P, text = rollout.prompt_NP.shape[1], prompt + response
+    i, j = torch.arange(P - 1, T - 1)[:, None], torch.arange(T - 1)
+    figure, axes = plt.subplots(
+        L, G, figsize=(3.2 * G, 1.1 * L + 0.8), layout="constrained", squeeze=False, sharex=True
+    )
+    for l in range(L):
+        for g in range(G):
+            dies = rollout.evicted_at_LBGT[l, 0, g, : T - 1]
+            shade = torch.where(j > i, 0.0, torch.where(i < dies, 1.0, 0.25))
+            axes[l, g].imshow(shade, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
+            axes[l, g].set_title(f"layer {l}, head {g}", fontsize=8)
+            axes[l, g].set_yticks(range(len(i)), [text[n] if n < len(text) else "" for n in i[:, 0]], fontsize=6)
+            axes[l, g].set_xticks(range(T - 1), [text[n] if n < len(text) else "" for n in range(T - 1)], fontsize=5)
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--prompt")
+    given = parser.parse_args()
+    agent = smd.Agent(smd.checked(smd.Settings(**smd.read_config(given.out))))
+    smd.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    example = agent.task.held_out(1)[0] if given.prompt is None else smd.Example(given.prompt, "")
+    agent.check_length(example.prompt)
+    generator = smd.torch_stream(agent.s.device, agent.s.seed, smd.EVALUATION, 2)
+    rollout, (response,) = agent.respond([example], 1, True, generator)
+    print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
+    draw(rollout, example.prompt, response, given.out / "mask.png")
+
+
+if __name__ == "__main__":
+    main()
