@@ -19,10 +19,10 @@ which (1, 4, 6, 11) survive an eviction at 12; "#" is visible, and only the last
     query 11  # # # # | # # # # | # # # # |              # # # # |         | # # # # | # # # #
     query 15    #     | #   #   |       # | # # # #      # # # # | # # # # |         |
 
-In position order the last block visits all tiles, sorted it visits the two that are full: survivors stand together,
-and within an epoch the keys that a block can see are a prefix. Why epochs of 512 positions: sorted by the exact time
-of death, neighbours under rolling eviction were born far apart, so their tile is visited long before most of it is
-visible; with longer epochs it is visited long after most of it has died. `python kernel.py` prints what each costs.
+In position order the last block visits all four tiles, sorted it visits two: survivors stand together, and within an
+epoch the keys that a block can see are a prefix. Why epochs of 512 positions: sorted by the exact time of death,
+neighbours under rolling eviction were born far apart, so their tile is visited long before most of it is visible; with
+longer epochs it is visited long after most of it has died. `python kernel.py` prints what each costs.
 
     python kernel.py          checks the kernels, then times them on CUDA, or counts their tiles without
 
@@ -104,14 +104,19 @@ class Tiles(NamedTuple):
     blocks_BGJ2: Tensor
 
 
-def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int = EPOCH) -> Tiles:
-    """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit."""
+def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
+    """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit.
+
+    epoch: None leaves the keys in position order, to see what sorting is worth.
+    """
     (M, N, _, _), Tk, last = blocks, evicted_at.shape[-1], q_start + Tq - 1
     j = torch.arange(Tk, device=evicted_at.device)
     unseen_BGT = (evicted_at <= j.clamp(min=q_start)) | (j > last)
-    epoch_BGT = (evicted_at.long() + epoch - 1) // epoch
-    # one int64 to sort by: latest epoch first, then position; keys that no query sees come last of all
-    order_BGT = (j - epoch_BGT * Tk).masked_fill(unseen_BGT, Tk).argsort(dim=-1, stable=True)
+    order_BGT = j.expand_as(evicted_at)
+    if epoch is not None:
+        epoch_BGT = (evicted_at.long() + epoch - 1) // epoch
+        # one int64 to sort by: latest epoch first, then position; keys that no query sees come last of all
+        order_BGT = (j - epoch_BGT * Tk).masked_fill(unseen_BGT, Tk).argsort(dim=-1, stable=True)
     born_BGT = torch.where(unseen_BGT, NEVER, j).gather(-1, order_BGT)
     dies_BGT = evicted_at.long().masked_fill(unseen_BGT, 0).gather(-1, order_BGT)
     pads = ((order_BGT, 0), (born_BGT, NEVER), (dies_BGT, 0))
@@ -415,7 +420,7 @@ def visible_pairs(evicted_at: Tensor, q_start: int, Tq: int) -> int:
     return (evicted_at.clamp(max=q_start + Tq) - first).clamp(min=0).sum().item()
 
 
-def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int = EPOCH) -> float:
+def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> float:
     """Area of the tiles that are visited over visible pairs: 1 would be a kernel that wastes nothing."""
     visited = list_tiles(evicted_at, q_start, Tq, blocks, epoch).tiles_BGI2.sum().item()
     return visited * blocks.M * blocks.N / visible_pairs(evicted_at, q_start, Tq)
@@ -436,24 +441,21 @@ def check(device: str) -> dict:
         record = torch.stack([compressed_once(T, 0.3, seed) for seed in range(4)]).view(2, 2, T).to(device)
         outs = [shadow_attention(*qkv, record, q_start, backend) for backend in ("triton", "torch")]
         pairs = zip(*((out, *torch.autograd.grad(out, qkv, do)) for out in outs), strict=True)
-        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs) / torch.finfo(dtype).eps
-        errors[f"{dtype}, D = {D}, q_start = {q_start}"] = worst
+        worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()  # NaN is the largest
+        errors[f"{dtype}, D = {D}, q_start = {q_start}"] = worst / torch.finfo(dtype).eps
     return errors
 
 
 def milliseconds(run, device: str) -> float:
-    """Median of 20 runs after 5."""
+    """Median of several runs after warm-up: device time with a cold L2 cache, or wall time on the CPU."""
+    if device == "cuda":
+        return triton.testing.do_bench(run, return_mode="median")
     times = []
-    for _ in range(25):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(), run(), end.record(), torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[5:])
+    for _ in range(8):
+        began = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[1:])
 
 
 def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict:
@@ -479,7 +481,8 @@ def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int
     def seen(b, h, i, j):
         return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
 
-    listed, attention = (torch.compile(f) for f in (flex_attention.create_block_mask, flex_attention.flex_attention))
+    flexible = flex_attention.create_block_mask, flex_attention.flex_attention
+    listed, attention = (torch.compile(f, dynamic=False) for f in flexible)  # its faster kernels want static shapes
 
     def flex():
         block_mask = listed(seen, 1, H, Tq, T, device=q.device)
@@ -499,20 +502,20 @@ def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int
 def measure(prepare, qkv: list[Tensor], pairs: int) -> dict:
     """Milliseconds to prepare, forward, and forward + backward; TFLOP/s on visible pairs; peak MiB on CUDA."""
     device, row = qkv[0].device.type, {}
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
     try:
         attention = prepare()
         do = torch.randn_like(attention())
         row = dict(prepare=milliseconds(prepare, device), forward=milliseconds(attention, device))
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
         row["both"] = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do), device)
         if device == "cuda":
-            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20  # with what was prepared
         # two products of matrices forward and five backward, 2 D operations for a pair in each
         for name, products in (("forward", 2), ("both", 7)):
             row[f"tflops_{name}"] = products * 2 * do.shape[-1] * pairs / row[name] / 1e9
-    except RuntimeError as e:
+    except Exception as e:  # a cell that cannot be had says why
         row["error"] = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).splitlines()[0][:80]
     return row
 
@@ -523,7 +526,7 @@ def main() -> int:
     errors = check(device)
     for name, error in errors.items():
         print(f"{name:39} error {error:4.1f} eps: {'ok' if error < 16 else 'WRONG'}")
-    orders = {"position": 2**31, "time of death": 1, f"epoch of {EPOCH}": EPOCH}
+    orders = {"position": None, "time of death": 1, f"epoch of {EPOCH}": EPOCH}
     print("\narea of the tiles of 128 x 64 over visible pairs, in all rows and in the response's, by order of the keys")
     print(f"{'T':>6} {'pattern':9}" + "".join(f"{order:>16}" for order in orders))
     for T, pattern in itertools.product((2048, 8192, 32768), PATTERNS):
@@ -555,7 +558,7 @@ def main() -> int:
         print(line, flush=True)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(json.dumps(dict(device=name, torch=torch.__version__, errors=errors, tile_ratios=ratios, times=times)))
-    return int(max(errors.values()) >= 16)
+    return int(not all(error < 16 for error in errors.values()))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Settings:
     kl: str = opt("reverse", "smd: KL(dense ‖ shadow) in track 2 or, forward, KL(shadow ‖ dense)")
     is_cap: float | None = opt(None, "truncation of weights (default: tis 2, sparse_rl 1.5, seq_is none)", 0)
     objective: str = opt("grpo", "what the learner maximises; dpo: with dense, naive and smd")
-    norm_std: bool = opt(True, "divide advantages by their standard deviation, grpo: the group's, ppo: the batch's")
+    norm_std: bool = opt(True, "grpo: divide advantages by the group's std; ppo: normalise them over the batch")
     gae_lam: float = opt(0.95, "ppo: λ of generalised advantage estimation", 0)
     value_coef: float = opt(0.5, "ppo: weight of the critic's loss", 0)
     dpo_beta: float = opt(0.1, "dpo: β, how far the policy may leave the base policy", 0)
@@ -98,7 +98,9 @@ class Settings:
     sinks: int = opt(1, "first keys, which streaming, snapkv and random always keep", 0)
     lr: float = opt(4e-4, "learning rate of the updates", 0)
     lr_warmup: int = opt(20, "steps over which the learning rate rises to --lr", 0)
-    clip: float = opt(0.2, "the importance ratio is clipped to 1 ± this; it bites from the second update on a batch", 0)
+    clip: float = opt(
+        0.2, "the ratio is clipped to 1 ± this, ppo: a value's move, too; bites from a batch's second update", 0
+    )
     epochs: int = opt(1, "passes over a batch of rollouts", 1)
     minibatches: int = opt(1, "updates in a pass, each on a part of the prompts", 1)
     steps: int = opt(200, "steps of sampling and learning", 0, free=True)
@@ -142,6 +144,10 @@ def checked(s: Settings) -> Settings:
         (s.heads % s.kv_heads, f"--kv-heads must divide heads = {s.heads}, got {s.kv_heads}"),
         (s.letters > 26, f"--letters must be at most 26, got {s.letters}"),
         (s.device == "cuda" != device, "--device cuda: this machine has no usable CUDA device; take --device cpu"),
+        (
+            s.samples == 1 and s.objective != "ppo",
+            f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1",
+        ),
         (s.gae_lam > 1, f"--gae-lam must be at most 1, got {s.gae_lam}"),
         (s.minibatches > s.prompts, f"--minibatches must be at most --prompts = {s.prompts}, got {s.minibatches}"),
         (
@@ -153,9 +159,11 @@ def checked(s: Settings) -> Settings:
         if bad:
             raise UsageError(message)
     try:
-        kernel.backend_for(s.device, s.backend)
+        backend = kernel.backend_for(s.device, s.backend)
     except ValueError as e:
         raise UsageError(f"--{e}") from e
+    if backend == "triton" and s.width // s.heads > 128:
+        raise UsageError(f"--backend triton takes head dims up to 128, got width / heads = {s.width // s.heads}")
     return s
 
 
@@ -970,7 +978,10 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict:
     """s.epochs times s.minibatches gradient steps. Raises FloatingPointError where a loss is not finite."""
-    rows, parts = [], torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).chunk(s.minibatches)
+    rows, parts = (
+        [],
+        torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.minibatches),
+    )
     for part_n in parts * s.epochs:
         loss, figures = learner_loss(policy, batch.of_prompts(part_n) if len(parts) > 1 else batch, s)
         if not loss.isfinite():
@@ -980,7 +991,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         rows.append(figures | {"grad_norm": norm.item()})
-    # loss, entropy and replay error are those before the first update, the other two are means
+    # loss, entropy and replay error are those before the first update, of its part; the other two are means
     return rows[0] | {k: sum(row[k] for row in rows) / len(rows) for k in ("clip_fraction", "grad_norm")}
 
 
@@ -1231,6 +1242,8 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, generator)
     asked = (examples[i // s.samples] for i in range(len(texts)))
     rewards = [float(reward(e.prompt, text, e.answer)) for e, text in zip(asked, texts, strict=True)]
+    if not all(map(math.isfinite, rewards)):
+        raise FloatingPointError(f"a reward is {next(r for r in rewards if not math.isfinite(r))}")
     sampled = clock(s.device)
     diagnosis = diagnose(policy.model, rollout, s.backend) if (step - 1) % s.diag_every == 0 else {}
     diagnosed = clock(s.device)
@@ -1238,7 +1251,7 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
     learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s)
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=accuracy(texts, examples), replay_error=None)
-    row |= diagnosis | learned | dict(kept_share=rollout.kept_share())
+    row |= learned | diagnosis | dict(kept_share=rollout.kept_share())
     row |= {name: getattr(rollout, name) for name in ("kv_bytes", "full_kv_bytes", "full_kv_bytes_shared")}
     row |= dict(seconds_sample=sampled - began, seconds_diag=diagnosed - sampled)
     return row | dict(seconds_learn=clock(s.device) - diagnosed)
