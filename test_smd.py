@@ -1523,3 +1523,22 @@ def test_23_what_the_readme_names_exists():
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     for code in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(code, "README.md", "exec")
+
+
+def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch, capsys):
+    from experiments import compare, runs
+
+    common = {k: v for k, v in vars(tiny(tmp_path)).items() if k not in ("out", "seed", "method", "resume")} | {
+        "eval_every": 2
+    }
+    jobs = {tmp_path / f"{m}{n}": dict(common, method=m, seed=n) for m in ("smd", "naive") for n in range(2)}
+    runs.run_all(jobs, "first")
+    monkeypatch.setattr(smd, "train", lambda *_: pytest.fail("a finished run was run again"))
+    done = runs.run_all(jobs, "second")
+    by_method = {m: [done[tmp_path / f"{m}{n}"] for n in range(2)] for m in ("smd", "naive")}
+    groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
+    assert runs.table(groups, tmp_path / "table.md").count("±") == 2 * 8
+    compare.draw(by_method, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n") == 4
+    mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and math.isclose(half, 4.30 / 3**0.5)

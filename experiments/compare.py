@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import smd
-from experiments.runs import COLOURS, figures, mean_and_interval, run_all, save, table
+from experiments.runs import COLOURS, figures, label_ends, mean_and_interval, run_all, save, table
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
@@ -37,6 +37,7 @@ def draw(done: dict[str, list], path: Path) -> None:
     """Held-out accuracy over the steps, sparse and dense cache side by side; band: 95 % interval over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, cache in zip(axes, ("sparse", "dense"), strict=True):
+        ends = {}
         for method, runs in done.items():
             curves = []
             for summary, rows in runs:
@@ -47,9 +48,9 @@ def draw(done: dict[str, list], path: Path) -> None:
             low, mean, high = zip(*((m - half, m, m + half) for m, half in pairs), strict=True)
             axis.fill_between(steps, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
             axis.plot(steps, mean, color=COLOURS[method])
-            axis.annotate(method, (steps[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center",
-                          color=COLOURS[method])  # fmt: skip
-        axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 1), xlim=(0, 1.14 * steps[-1]))
+            ends[method] = steps[-1], mean[-1]
+        axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 1), xlim=(0, 1.16 * steps[-1]))
+        label_ends(axis, ends)
     axes[0].set_ylabel("held-out accuracy")
     save(figure, path)
 

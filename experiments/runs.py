@@ -68,6 +68,16 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
     return "\n".join(lines)
 
 
+def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
+    """Each method's name at the end (x, y) of its curve, moved up where two would overlap."""
+    low, high = axis.get_ylim()
+    above = low
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        above = max(y, above)
+        axis.annotate(name, (x, above), xytext=(4, 0), textcoords="offset points", va="center", color=COLOURS[name])
+        above += 0.05 * (high - low)
+
+
 def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
