@@ -8,9 +8,9 @@
 Eviction is permanent, so a key's life is an interval and one integer describes it. The T×T mask is never stored: it
 exists inside one attention call and nowhere else. `attention_torch` is this definition. `attention_triton` computes
 the same at a cost that follows the visible pairs, as FlashAttention does (2205.14135, 2307.08691): in tiles of M
-queries by N keys, of which it visits those that hold a visible pair. Softmax does not care about the order of the
-keys, so they are sorted first, by the epoch in which they die, latest first, then by position. Sixteen keys, four of
-which (1, 4, 6, 11) survive an eviction at 12; "#" is visible, and only the last query of each block is shown:
+queries by N keys, of which it visits those that may hold a visible pair. Softmax does not care about the order of the
+keys, so they are sorted first, by the epoch in which they die, latest first, then by position. Sixteen keys, named by
+their last digit, four of which (1, 4, 6, 11) survive an eviction at 12; "#" is visible; the last query of each block:
 
                         in position order                               sorted
     key       0 1 2 3 | 4 5 6 7 | 8 9 0 1 | 2 3 4 5      1 4 6 1 | 2 3 4 5 | 0 2 3 5 | 7 8 9 0
@@ -20,11 +20,11 @@ which (1, 4, 6, 11) survive an eviction at 12; "#" is visible, and only the last
     query 15    #     | #   #   |       # | # # # #      # # # # | # # # # |         |
 
 In position order the last block visits all four tiles, sorted it visits two: survivors stand together, and within an
-epoch the keys that a block can see are a prefix. Why epochs of 512 positions: sorted by the exact time of death,
-neighbours under rolling eviction were born far apart, so their tile is visited long before most of it is visible; with
-longer epochs it is visited long after most of it has died. `python kernel.py` prints what each costs.
+epoch the keys that a block can see are a prefix, until the epoch's keys begin to die. Why epochs of 512 positions:
+sorted by the exact time of death, neighbours under rolling eviction were born far apart, so their tile is visited long
+before most of it is visible; with longer epochs it is visited long after most of it has died.
 
-    python kernel.py          checks the kernels, then times them on CUDA, or counts their tiles without
+    python kernel.py          checks the kernels, counts their tiles, and on CUDA times them beside others
 
 Dimension letters: B sequences, H query heads, G kv heads (H/G query heads share one), Tq queries, Tk keys, D head dim;
 I blocks of M queries, J tiles of N keys, K = J·N sorted places.
@@ -91,7 +91,7 @@ def block_sizes(dtype: torch.dtype, D: int, roomy: bool) -> Blocks:
 
 
 class Tiles(NamedTuple):
-    """What one record makes of the T×T square: the order of the keys, and the tiles that hold a visible pair."""
+    """What one record makes of the T×T square: the order of the keys, and the tiles that may hold a visible pair."""
 
     blocks: Blocks
     q_start: int

@@ -75,9 +75,11 @@ class Settings:
     layers: int = opt(3, "model layers", 1)
     heads: int = opt(4, "query heads", 1)
     kv_heads: int = opt(4, "key-value heads, each shared by heads / kv-heads query heads", 1)
-    warmup_steps: int | None = opt(None, "supervised steps of the base policy (default: 400; with --data 100)", 0)
+    warmup_steps: int | None = opt(
+        None, "supervised steps, at most so many in each lesson (default: 400; with --data 100)", 0
+    )
     warmup_drop: float = opt(0.3, "supervised steps: share of the prompt's keys that are hidden from the answer", 0)
-    warmup_slip: float = opt(0.13, "chain, supervised steps: chance that a hop of the answer is wrong", 0)
+    warmup_slip: float = opt(0.13, "chain, supervised steps: chance that a hop of the answer is drawn at random", 0)
     warmup_lr: float = opt(3e-3, "supervised steps: learning rate", 0)
     warmup_batch: int | None = opt(None, "supervised steps: examples per step (default: 64; with --data 8)", 1)
     warmup_seed: int = opt(0, "seed of the base policy, its initial weights and its examples", 0)
@@ -673,7 +675,7 @@ def sample(
     R = r + 1
     end_B11, column_T = (P + length_B)[:, None, None], torch.arange(P + R, device=pad_N.device)
     evicted_at_LBGT = cache.evicted_at[..., : P + R]
-    # what was dropped after a sequence's last query was hidden from none; what lies past its end is padding
+    # what was dropped after a sequence's last query, at column end - 2, was hidden from none; past its end is padding
     evicted_at_LBGT = evicted_at_LBGT.masked_fill(evicted_at_LBGT >= end_B11 - 1, NEVER)
     evicted_at_LBGT = evicted_at_LBGT.masked_fill(column_T >= end_B11, 0)
     entry_bytes = 2 * cache.k[:, 0, :, 0].numel() * cache.k.element_size()
@@ -834,7 +836,7 @@ def kl_divergence(p_logits_XV: Tensor, q_logits_XV: Tensor) -> Tensor:
     return (p_XV.exp() * (p_XV - q_XV)).sum(dim=-1).mean()
 
 
-# track 2: the dense policy follows the sparse one, which gets no gradient from it
+# track 2: the dense policy follows the sparse one; the target's logits get no gradient
 TRACK_2 = {
     "reverse": lambda dense_XV, shadow_XV: kl_divergence(dense_XV, shadow_XV.detach()),
     "forward": lambda dense_XV, shadow_XV: kl_divergence(shadow_XV.detach(), dense_XV),

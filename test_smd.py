@@ -499,7 +499,7 @@ def test_6_shared_prompts_equal_repeated_prompts(method):
     assert (learner(model, reordered, method)[1] - gradient).abs().max() > 1e-3, "control: whose sample it is matters"
 
 
-# Lemma 7: track 2 moves the dense policy and nothing else
+# Lemma 7: track 2 sends its gradient through the dense logits alone
 
 
 def test_7_track_2_sends_no_gradient_into_the_shadow_logits():

@@ -1,19 +1,22 @@
-"""How noisy is one response's gradient? tr Cov / ‖mean‖² of SMD and of sequence importance weights, enumerated.
+"""Which gradient does each method follow, and how noisy is one response's? Both as exact sums.
 
-    python -m experiments.variance          75 s on one core; writes assets/variance.png and prints the table
+    python -m experiments.gradients          75 s on one core; prints two tables and writes assets/variance.png
 
-Five random models of the size that the proofs in test_smd.py use; all 4^k responses of k tokens are scored through the
-real sampler, so that mean and covariance are sums, not estimates. The reward of a response is a random number less its
-mean. Both estimators are unbiased, SMD for the gradient of J_sparse, sequence weights for that of J_dense.
+On the models of the proofs in test_smd.py, so small that all 4^k responses of k tokens can be scored through the real
+sampler. Distances: relative, of a method's expected gradient from those of J_sparse and J_dense; one response, its
+reward less a constant, before the first update. Noise: tr Cov / ‖mean‖² over five random models; the reward of a
+response is a random number less its mean. There both estimators are unbiased, SMD for the gradient of J_sparse,
+sequence weights for that of J_dense.
 """
 
 import dataclasses
+import math
 
 import matplotlib.pyplot as plt
 import torch
 
 import smd
-from test_smd import World, grads
+from test_smd import World, apart, grads
 
 LENGTHS, SEEDS = range(1, 6), range(5)
 
@@ -38,7 +41,24 @@ def noise(world: World, dense: bool) -> float:
     return ((world.p @ each.square().sum(dim=1) - mean.square().sum()) / mean.square().sum()).item()
 
 
+def distances() -> None:
+    world = World()
+    sparse, dense = (world.objective_gradient(dense) for dense in (False, True))
+    log_ratio_BR = world.logp(dense=True).detach() - world.rollout.logp_BR
+    everywhere_BR = torch.ones_like(log_ratio_BR, dtype=torch.bool)
+    weights = {"smd": None, "naive": None}
+    weights |= {"tis, cap 2": smd.token_is(log_ratio_BR, everywhere_BR, 2.0)}
+    weights |= {f"seq_is, cap {cap:g}": smd.sequence_is(log_ratio_BR, everywhere_BR, cap) for cap in (math.inf, 2.0)}
+    veto_BR = smd.sparse_rl(log_ratio_BR, everywhere_BR, 1.5)
+    weights["sparse_rl"] = veto_BR / (world.p @ veto_BR.mean(dim=1))  # over the exact mean, not a batch's
+    print(f"{'':16}{'to J_sparse':>12}{'to J_dense':>12}")
+    for name, weight_BR in weights.items():
+        got = world.expected(name.split(",")[0], world.p * (world.reward - 0.3), weight_BR)
+        print(f"{name:16}{apart(got, sparse):12.2g}{apart(got, dense):12.2g}")
+
+
 def main() -> None:
+    distances()
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     print(
         "tr Cov / |mean|^2, median (least, most) over five models\ntokens"
