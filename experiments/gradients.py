@@ -1,6 +1,6 @@
 """Which gradient does each method follow, and how noisy is one response's? Both as exact sums.
 
-    python -m experiments.gradients          75 s on one core; prints two tables and writes assets/variance.png
+    python -m experiments.gradients          88 s on 2 cores; prints two tables and writes assets/variance.png
 
 On the models of the proofs in test_smd.py, so small that all 4^k responses of k tokens can be scored through the real
 sampler. Distances: relative, of a method's expected gradient from those of J_sparse and J_dense; one response, its
