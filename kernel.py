@@ -145,15 +145,21 @@ def visible(BORN, DIES, i, j):
 
 
 @jit
+def own_block(H, G, I):
+    """This program's block of queries, its place among all query heads (B·H) and among all kv heads (B·G)."""
+    # the longest rows first, so that no long one is left over when the others are done
+    heads = tl.num_programs(0) // I
+    block, bh = I - 1 - tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    return block, bh, bh // H * G + bh % H // (H // G)
+
+
+@jit
 def forward_kernel(
     Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, SCALE, q_start, H, G, Tq, I, J,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
-    # the longest rows first, so that no long one is left over when the others are done
-    heads = tl.num_programs(0) // I
-    block, bh = I - 1 - tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    bg = bh // H * G + bh % H // (H // G)
+    block, bh, bg = own_block(H, G, I)
     row, d, n = block * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
     at, inside = row[:, None] * D + d, row[:, None] < Tq
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]
@@ -191,9 +197,7 @@ def query_gradient_kernel(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: δ_i, for the next kernel, and dq_i."""
-    heads = tl.num_programs(0) // I
-    block, bh = I - 1 - tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    bg = bh // H * G + bh % H // (H // G)
+    block, bh, bg = own_block(H, G, I)
     row, d, n = block * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
     at, inside = row[:, None] * D + d, row[:, None] < Tq
     out = tl.load(OUT + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]

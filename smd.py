@@ -496,6 +496,10 @@ class Rollout:
     def mask_BR(self) -> Tensor:
         return torch.arange(self.response_BR.shape[1], device=self.length_B.device) < self.length_B[:, None]
 
+    def record(self, replays: bool) -> Tensor:
+        """What a learner goes by: what the sampler saw, or everything."""
+        return self.evicted_at_LBGT if replays else self.dense_LBGT
+
     @property
     def dense_LBGT(self) -> Tensor:
         """The record that a full cache would have left: padding is hidden and nothing is ever evicted."""
@@ -877,7 +881,7 @@ class Batch:
 def prepare(policy: "Policy", rollout: Rollout, reward_B: Tensor, s: Settings) -> Batch:
     """Old log-probs, weights, advantages, values and reference log-probs, with the policy as it sampled."""
     method, mask_BR, token_X = METHODS[s.method], rollout.mask_BR, rollout.response_BR[rollout.mask_BR]
-    record_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.dense_LBGT
+    record_LBGT = rollout.record(method.replays)
 
     def hidden(model: TinyModel) -> Tensor:
         return replay(model, rollout, encode_prompts(model, rollout, s.backend), record_LBGT, s.backend)
@@ -943,9 +947,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.reference, self.critic = model, None, None
         if s.objective == "ppo":
-            self.critic = nn.Linear(
-                model.config.width, 1, device=model.norm.weight.device, dtype=model.norm.weight.dtype
-            )
+            self.critic = nn.Linear(model.config.width, 1).to(model.norm.weight)
             nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
         if s.objective == "dpo" or s.kl_ref:
             self.reference = copy.deepcopy(model).requires_grad_(False)
@@ -955,8 +957,7 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
     """The loss of s.method and s.objective on a batch, and figures for the log."""
     method, rollout, mask_BR = METHODS[s.method], batch.rollout, batch.rollout.mask_BR
     prompts = encode_prompts(policy.model, rollout, s.backend)
-    record_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.dense_LBGT
-    hidden_XC = replay(policy.model, rollout, prompts, record_LBGT, s.backend)
+    hidden_XC = replay(policy.model, rollout, prompts, rollout.record(method.replays), s.backend)
     logits_XV = policy.model.logits(hidden_XC)
     logp_BR = spread(token_logp(logits_XV, rollout.response_BR[mask_BR]), mask_BR)
     value_BR = None if policy.critic is None else spread(policy.critic(hidden_XC)[:, 0], mask_BR)
@@ -980,10 +981,8 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict:
     """s.epochs times s.minibatches gradient steps. Raises FloatingPointError where a loss is not finite."""
-    rows, parts = (
-        [],
-        torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.minibatches),
-    )
+    prompt_N, rows = torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device), []
+    parts = prompt_N.tensor_split(s.minibatches)
     for part_n in parts * s.epochs:
         loss, figures = learner_loss(policy, batch.of_prompts(part_n) if len(parts) > 1 else batch, s)
         if not loss.isfinite():
@@ -1088,8 +1087,7 @@ class Agent:
         record_LBGT[..., :P] = record_LBGT[..., :P].masked_fill(dropped, P).minimum(record_LBGT[..., :P])
         hidden_BTC = self.model(torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1), pad_B, record_LBGT, self.s.backend)
         logits_XV = self.model.logits(hidden_BTC[:, P - 1 :][mask_BR])
-        logp_X = token_logp(logits_XV, answer_BR[mask_BR])
-        return logp_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, logp_X), mask_BR
+        return spread(token_logp(logits_XV, answer_BR[mask_BR]), mask_BR), mask_BR
 
     def warm_up(self) -> None:
         """Supervised steps: lessons, each until a right answer has probability 0.5, then the task itself."""

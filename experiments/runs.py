@@ -24,8 +24,8 @@ def run(out: Path, **settings) -> tuple[dict, list[dict]]:
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             smd.train(smd.Settings(out=str(out), resume=begun, **settings))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((out / "summary.json").read_text()), rows
+    summary = json.loads((out / "summary.json").read_text())
+    return summary, smd.read_metrics(out / "metrics.jsonl", summary["steps"])
 
 
 def run_all(jobs: dict[Path, dict], title: str) -> dict[Path, tuple[dict, list[dict]]]:
