@@ -1538,6 +1538,8 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     by_method = {m: [done[tmp_path / f"{m}{n}"] for n in range(2)] for m in ("smd", "naive")}
     groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
     assert runs.table(groups, tmp_path / "table.md").count("±") == 2 * 8
+    with pytest.raises(smd.UsageError, match="holds a run with --policy snapkv, not random"):
+        runs.run(tmp_path / "smd0", **jobs[tmp_path / "smd0"] | {"policy": "random"})
     compare.draw(by_method, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n") == 4
     mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import smd
-from experiments.runs import COLOURS, figures, label_ends, mean_and_interval, run_all, save, table
+from experiments.runs import COLOURS, command, figures, label_ends, mean_and_interval, run_all, save, table
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -14,6 +14,7 @@ import dataclasses
 import torch
 
 import smd
+from experiments.runs import command
 
 
 def needed(examples: list[smd.Example]) -> torch.Tensor:
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

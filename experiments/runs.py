@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,15 +19,19 @@ COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd"
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-def run(out: Path, **settings) -> tuple[dict, list[dict]]:
-    """summary.json and the rows of metrics.jsonl of a run in `out`: read if it is finished, resumed if it was begun."""
-    if not (out / "summary.json").exists():
-        begun = (out / "config.json").exists()
+def run(out: Path, **given) -> tuple[dict, list[dict]]:
+    """summary.json and the rows of metrics.jsonl of a run in `out`: read if it is finished, resumed if it was begun.
+
+    Raises UsageError where `out` holds a run with other settings.
+    """
+    begun, summary = (out / "config.json").exists(), out / "summary.json"
+    settings = smd.checked(smd.Settings(out=str(out), resume=begun, **given))
+    smd.find_run(settings)
+    if not summary.exists() or json.loads(summary.read_text())["steps"] != settings.steps:
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            smd.train(smd.Settings(out=str(out), resume=begun, **settings))
-    summary = json.loads((out / "summary.json").read_text())
-    return summary, smd.read_metrics(out / "metrics.jsonl", summary["steps"])
+            smd.train(settings)
+    return json.loads(summary.read_text()), smd.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
 def run_all(jobs: dict[Path, dict], title: str) -> dict[Path, tuple[dict, list[dict]]]:
@@ -76,6 +82,15 @@ def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
         above = max(y, above)
         axis.annotate(name, (x, above), xytext=(4, 0), textcoords="offset points", va="center", color=COLOURS[name])
         above += 0.05 * (high - low)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run an experiment; bad input ends it with one line and exit code 2."""
+    try:
+        main()
+    except smd.UsageError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
 
 
 def save(figure, path: Path) -> None:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import smd
-from experiments.runs import save
+from experiments.runs import command, save
 
 
 def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import smd
-from experiments.runs import COLOURS, figures, mean_and_interval, run_all, save, table
+from experiments.runs import COLOURS, command, figures, mean_and_interval, run_all, save, table
 
 # sweep -> its axis, and the points on it: (label, settings, methods)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
