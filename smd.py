@@ -521,6 +521,9 @@ def storage_bytes(*tensors: Tensor | None) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+SCRATCH = 2**20  # numbers of keys, and of values, that decoding converts to float64 at a time
+
+
 class Cache:
     """Keys, values, columns and what the policy accumulates: K slots for every (layer, sequence, kv head).
 
@@ -581,18 +584,25 @@ class Cache:
         """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
         at, column = self.used, self.now - 1
         self.k[l][:, :, at], self.v[l][:, :, at], self.column[l][:, :, at] = k[:, :, 0], v[:, :, 0], column
-        # in float64, like the plain attention that the learner uses
-        k_BGKD, v_BGKD = (t[l][:, :, : at + 1].double() for t in (self.k, self.v))
-        q_BGMD, live_BGK = q[:, :, 0].double().unflatten(1, (k.shape[1], -1)), self.live(l, at + 1)[1]
-        score_BGMK = q_BGMD @ k_BGKD.transpose(-1, -2) * q.shape[-1] ** -0.5
-        weight_BGMK = score_BGMK.masked_fill(~live_BGK[:, :, None], -math.inf).softmax(dim=-1)
+        hidden_BG1K, out, weight = ~self.live(l, at + 1)[1][:, :, None], [], []
+        # in float64, like the plain attention that the learner uses; a part of the sequences at a time, because the
+        # float64 copies of all of them would be twice the cache
+        part = max(1, SCRATCH // (k[0].numel() * (at + 1)))
+        cache = (t[l][:, :, : at + 1].split(part) for t in (self.k, self.v))
+        for q_bHD, hidden_bG1K, k_bGKD, v_bGKD in zip(
+            q[:, :, 0].split(part), hidden_BG1K.split(part), *cache, strict=True
+        ):
+            q_bGMD = q_bHD.double().unflatten(1, (k.shape[1], -1))
+            score_bGMK = q_bGMD @ k_bGKD.double().transpose(-1, -2) * q.shape[-1] ** -0.5
+            weight.append(score_bGMK.masked_fill(hidden_bG1K, -math.inf).softmax(dim=-1))
+            out.append(weight[-1] @ v_bGKD.double())
         if self.received is not None:
             self.received[l][:, :, at] = 0.0
-            self.received[l][:, :, : at + 1] += weight_BGMK.sum(dim=2)
+            self.received[l][:, :, : at + 1] += torch.cat(weight).sum(dim=2)
         if len(self.q_column):
             self.q_column[column % len(self.q_column)] = column
             self.q[l][:, :, column % len(self.q_column)] = q[:, :, 0]
-        return (weight_BGMK @ v_BGKD).flatten(1, 2)[:, :, None].to(q.dtype)
+        return torch.cat(out).flatten(1, 2)[:, :, None].to(q.dtype)
 
     def live(self, l: int, used: int) -> tuple[Tensor, Tensor]:
         """Columns of the first slots, and which of them hold a key that is neither padding nor evicted (B, G, used)."""
@@ -1126,17 +1136,21 @@ class Agent:
                         optimizer.param_groups[0]["lr"] = s.warmup_lr * min(1.0, taken / 50, down)
                         optimizer.step()
 
-    def load_base(self) -> None:
-        """The policy that RL starts from: out of the cache, or warmed up and put there."""
+    def base_path(self) -> Path:
+        """Where the base policy is kept, named by all that determines it."""
         s = self.s
-        # all that determines it: settings, data, code, and how this machine does its arithmetic
+        # settings, data, code, and how this machine does its arithmetic
         names = [f.name for f in dataclasses.fields(s) if f.name.startswith("warmup")]
         names += ["encoding", "letters", "hops", "context", "max_new", "device", "backend"]
         key = [self.config, [getattr(s, name) for name in names], torch.__version__, torch.get_num_threads()]
         key += [torch.backends.cpu.get_cpu_capability(), s.device == "cuda" and torch.cuda.get_device_name()]
         files = [__file__, kernel.__file__, tiny_model.__file__] + ([s.data] if s.data is not None else [])
         digest = hashlib.sha256(repr(key).encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
-        path = Path(s.cache) / f"base-{digest[:16]}.pt"
+        return Path(s.cache) / f"base-{digest[:16]}.pt"
+
+    def load_base(self) -> None:
+        """The policy that RL starts from: out of the cache, or warmed up and put there."""
+        path = self.base_path()
         if path.exists():
             restore(path, self.model)
         else:

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
@@ -1525,16 +1526,18 @@ def test_23_what_the_readme_names_exists():
         compile(code, "README.md", "exec")
 
 
-def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch, capsys):
+def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
     from experiments import compare, runs
 
     common = {k: v for k, v in vars(tiny(tmp_path)).items() if k not in ("out", "seed", "method", "resume")} | {
         "eval_every": 2
     }
     jobs = {tmp_path / f"{m}{n}": dict(common, method=m, seed=n) for m in ("smd", "naive") for n in range(2)}
-    runs.run_all(jobs, "first")
+    with tqdm(total=4) as bar:
+        done = runs.run_all(jobs, 2, bar)
+    assert len(list(Path(common["cache"]).iterdir())) == 1  # one base policy for all
     monkeypatch.setattr(smd, "train", lambda *_: pytest.fail("a finished run was run again"))
-    done = runs.run_all(jobs, "second")
+    assert {out: runs.run(out, **given) for out, given in jobs.items()} == done
     by_method = {m: [done[tmp_path / f"{m}{n}"] for n in range(2)] for m in ("smd", "naive")}
     groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
     assert runs.table(groups, tmp_path / "table.md").count("±") == 2 * 8

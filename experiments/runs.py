@@ -1,14 +1,20 @@
 """What the experiments share: runs that are kept and resumed, tables, one look for all figures."""
 
+import argparse
 import contextlib
 import io
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 from tqdm import tqdm
 
 import smd
@@ -34,9 +40,48 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
     return json.loads(summary.read_text()), smd.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
-def run_all(jobs: dict[Path, dict], title: str) -> dict[Path, tuple[dict, list[dict]]]:
-    """All jobs, folder -> settings, one after the other. Ctrl-C keeps what is finished."""
-    return {out: run(out, **settings) for out, settings in tqdm(jobs.items(), desc=title)}
+def begin_worker(threads: int) -> None:
+    """Set up a process that makes runs. Ctrl-C ends it at once: a run that is killed can be resumed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+
+
+def base_path(given: dict) -> Path:
+    return smd.Agent(smd.checked(smd.Settings(**given))).base_path()
+
+
+def make_base(given: dict) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        smd.Agent(smd.checked(smd.Settings(**given))).load_base()
+
+
+def run_all(jobs: dict[Path, dict], workers: int, bar: tqdm) -> dict[Path, tuple[dict, list[dict]]]:
+    """All jobs, folder -> settings, so many at a time, each with its share of the cores. Ctrl-C keeps what is there."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(threads,))
+    try:
+        # a base policy that several runs start from is made once, before them
+        bases = dict(zip(pool.map(base_path, jobs.values()), jobs.values(), strict=True))
+        list(pool.map(make_base, bases.values()))
+        futures = {out: pool.submit(run, out, **given) for out, given in jobs.items()}
+        for future in as_completed(futures.values()):
+            future.result()
+            bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {out: future.result() for out, future in futures.items()}
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The command line that experiments with runs share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--policy", default="snapkv", choices=list(smd.POLICIES))
+    parser.add_argument(
+        "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time"
+    )
+    return parser
 
 
 def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
@@ -88,7 +133,7 @@ def command(main: Callable[[], None]) -> None:
     """Run an experiment; bad input ends it with one line and exit code 2."""
     try:
         main()
-    except smd.UsageError as e:
+    except (smd.UsageError, FloatingPointError) as e:
         print(e, file=sys.stderr)
         sys.exit(2)
 

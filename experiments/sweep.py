@@ -9,23 +9,24 @@ Three seeds each (--seeds), 200 steps (--steps). What is finished is never run a
 base policy.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from tqdm import tqdm
 
 import smd
-from experiments.runs import COLOURS, command, figures, mean_and_interval, run_all, save, table
+from experiments.runs import COLOURS, command, figures, mean_and_interval, options, run_all, save, table
 
 # sweep -> its axis, and the points on it: (label, settings, methods)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
 LAMS = [(lam, share) for share in (0.5, 0.35) for lam in (0.0, 0.1, 1.0)]
 SWEEPS = {
     "budget": ("keys kept, share of the prompt", [(f"{share:.0%}", dict(budget=share), BOTH) for share in SHARES]),
-    "policy": ("eviction policy", [(policy, dict(policy=policy, budget=0.5), BOTH) for policy in smd.POLICIES]),
+    "policy": ("eviction policy", [(policy, dict(policy=policy), BOTH) for policy in smd.POLICIES]),
     "lam": ("λ, keys kept", [(f"{lam:g}, {b:.0%}", dict(lam=lam, budget=b), ("smd",)) for lam, b in LAMS]),
     "length": ("letters in the answer", [(f"{k}", dict(hops=k), (*BOTH, "seq_is")) for k in (3, 6, 9, 12)]),
 }
+DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=smd.Settings.hops)
 
 
 def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> None:
@@ -46,24 +47,27 @@ def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=list(SWEEPS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
     axis_label, points = SWEEPS[given.sweep]
-    out, jobs, group_of = Path("out") / f"sweep-{given.sweep}", {}, {}
-    for label, settings, methods in points:
-        for method in methods:
-            for seed in range(given.seeds):
-                name = "-".join([*(f"{key}={value}" for key, value in settings.items()), method, str(seed)])
-                jobs[out / "runs" / name] = dict(method=method, seed=seed, steps=given.steps, **settings)
-                group_of[out / "runs" / name] = (label, method)
+    jobs, group_of = {}, {}
+    for seed in range(given.seeds):
+        for label, settings, methods in points:
+            for method in methods:
+                settings = DEFAULTS | dict(policy=given.policy, method=method, seed=seed) | settings
+                # a folder is named by all that is set, so that sweeps share the runs that they have in common
+                folder = Path("out/sweep/runs") / "-".join(str(value) for value in (*settings.values(), given.steps))
+                jobs[folder], group_of[folder] = dict(settings, steps=given.steps), (label, method)
+    with tqdm(total=len(jobs), desc=given.sweep) as bar:
+        done = run_all(jobs, given.jobs, bar)
     groups: dict[tuple[str, str], list] = {}
-    for folder, result in run_all(jobs, given.sweep).items():
+    for folder, result in done.items():
         groups.setdefault(group_of[folder], []).append(figures(*result))
-    print(table({f"{label}, {method}": runs for (label, method), runs in groups.items()}, out / "table.md"))
-    draw(groups, axis_label, out / "sweep.png")
+    out = Path("out/sweep")
+    print(table({f"{label}, {method}": runs for (label, method), runs in groups.items()}, out / f"{given.sweep}.md"))
+    draw(groups, axis_label, out / f"{given.sweep}.png")
 
 
 if __name__ == "__main__":

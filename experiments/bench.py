@@ -1,0 +1,140 @@
+"""Speed of learner and sampler as ratios, and the memory of the cache, measured in one go.
+
+    python -m experiments.bench          prints three tables, and all figures once more as one line of JSON
+
+Times are medians of runs that alternate, so that a machine that slows down slows all of them. The model has its initial
+weights: neither time nor memory depends on what it has learned.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import smd
+
+REPEATS = 7
+SHARES = 1.0, 0.5, 0.25
+PROMPT, NEW, PROMPTS, SAMPLES = 512, 256, 8, 8
+
+
+def medians(contenders: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
+    """Seconds that each takes, after one run that is not counted."""
+    seconds = {name: [] for name in contenders}
+    for n in range(repeats + 1):
+        for name, contender in contenders.items():
+            began = smd.clock(device)
+            contender()
+            if n:
+                seconds[name].append(smd.clock(device) - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def repeated(rollout: smd.Rollout) -> smd.Rollout:
+    """The same rollout with a prompt for each sample."""
+    S = len(rollout.response_BR) // len(rollout.prompt_NP)
+    prompts = dict(prompt_NP=rollout.prompt_NP.repeat_interleave(S, dim=0), pad_N=rollout.pad_N.repeat_interleave(S))
+    return dataclasses.replace(rollout, **prompts)
+
+
+def learner() -> dict[str, float]:
+    """Seconds of a learner step, old log-probs to optimizer, on a rollout of the default shape."""
+    contenders = {}
+    for name, method in (("smd", "smd"), ("smd, a prompt per sample", "smd"), ("dense", "dense")):
+        s = smd.checked(smd.Settings(method=method))
+        agent = smd.Agent(s)
+        examples = agent.task.draw(s.prompts, smd.numpy_stream(0, smd.PROMPTS))
+        generator = smd.torch_stream(s.device, 0, smd.SAMPLING)
+        rollout, _ = agent.respond(examples, s.samples, smd.METHODS[method].evicts, generator)
+        reward_B = torch.rand(len(rollout.response_BR), device=s.device)
+        policy = smd.Policy(agent.model, s)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+
+        def step(s=s, policy=policy, optimizer=optimizer, rollout=rollout, reward_B=reward_B, name=name) -> None:
+            batch = smd.prepare(policy, rollout, reward_B, s)
+            if "per sample" in name:
+                batch = dataclasses.replace(batch, rollout=repeated(rollout))
+            smd.update(policy, optimizer, batch, s)
+
+        contenders[name] = step
+    return medians(contenders, s.device, REPEATS)
+
+
+def random_prompts(agent: smd.Agent, N: int, P: int) -> tuple[Tensor, Tensor]:
+    generator = smd.torch_stream(agent.s.device, 0, smd.PROMPTS)
+    tokens_NP = torch.randint(256, (N, P), generator=generator, device=agent.s.device)
+    return tokens_NP, torch.zeros(N, dtype=torch.long, device=agent.s.device)
+
+
+def draw(agent: smd.Agent, N: int, P: int, S: int, R: int, share: float) -> smd.Rollout:
+    """N prompts of P random tokens, S samples of exactly R tokens; with a share of 1 from the full cache."""
+    eviction = None if share == 1 else dataclasses.replace(agent.eviction, budget=share)
+    generator = smd.torch_stream(agent.s.device, 0, smd.SAMPLING)
+    # no token is -1, so that no response ends early
+    return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction, generator)
+
+
+def sampler(agent: smd.Agent) -> dict[str, float]:
+    """Tokens per second at each kept share; and of `generate` of the transformers package, where it is installed."""
+    contenders = {
+        f"kept {share:.0%}": lambda share=share: draw(agent, PROMPTS, PROMPT, SAMPLES, NEW, share) for share in SHARES
+    }
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        print("the transformers package is not installed: its generate is left out")
+    else:
+        c = agent.config
+        shape = dict(num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads)
+        shape |= dict(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, tie_word_embeddings=c.tied)
+        theirs = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0)).to(agent.s.device).eval()
+        tokens_NP, _ = random_prompts(agent, PROMPTS, PROMPT)
+        options = dict(do_sample=True, top_k=0, num_return_sequences=SAMPLES, attention_mask=torch.ones_like(tokens_NP))
+        contenders["transformers"] = lambda: theirs.generate(
+            tokens_NP, min_new_tokens=NEW, max_new_tokens=NEW, **options
+        )
+    seconds = medians(contenders, agent.s.device, 3)
+    return {name: PROMPTS * SAMPLES * NEW / value for name, value in seconds.items()}
+
+
+def memory(agent: smd.Agent) -> list[dict]:
+    """Peak bytes of the compressed cache over those of a full one, measured, 25 % of the prompt kept."""
+    rows = []
+    for P in (128, 512, 2048):
+        for R in (32, 256, 1024):
+            for S in (1, 8):
+                r = draw(agent, 1, P, S, R, 0.25)
+                row = dict(prompt=P, new=R, samples=S, kv_bytes=r.kv_bytes)
+                row |= dict(of_full=r.kv_bytes / r.full_kv_bytes, of_shared=r.kv_bytes / r.full_kv_bytes_shared)
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    agent = smd.Agent(smd.checked(smd.Settings()))
+    seconds = learner()
+    print("learner step, 32 prompts x 8 samples, 34 + 7 tokens                seconds")
+    for name, value in seconds.items():
+        print(f"  {name:64}{value:.3f}")
+    shared, dense = (seconds["smd"] / seconds[name] for name in ("smd, a prompt per sample", "dense"))
+    print(f"  shared over repeated prompts {shared:.2f}; smd over dense {dense:.2f}")
+    rates = sampler(agent)
+    print(
+        f"sampler, {PROMPTS} prompts x {SAMPLES} samples, {PROMPT} + {NEW} tokens   tokens per second   over kept 100%"
+    )
+    for name, value in rates.items():
+        print(f"  {name:42}{value:12.0f}{value / rates['kept 100%']:18.2f}")
+    rows = memory(agent)
+    print("peak of the cache, 25 % of the prompt kept, over that of a full cache with")
+    print("prompt   new  samples  a prompt per sample  a shared prompt")
+    for row in rows:
+        print("{prompt:6}{new:6}{samples:9}{of_full:21.2f}{of_shared:17.2f}".format(**row))
+    found = dict(device=agent.s.device, threads=torch.get_num_threads(), learner_seconds=seconds)
+    print(json.dumps(found | dict(tokens_per_second=rates, memory=rows)))
+
+
+if __name__ == "__main__":
+    main()
