@@ -1526,8 +1526,31 @@ def test_23_what_the_readme_names_exists():
         compile(code, "README.md", "exec")
 
 
+def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
+    text, names = (Path(__file__).parent / "README.md").read_text(), {}
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "def smd_loss" in code), names)
+    model, s = small_model(), smd.checked(Settings(max_new=14))
+    r = ragged_rollout(model)
+    reward_B = torch.rand(len(r.response_BR), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy = smd.Policy(model, s)
+    want, _ = smd.learner_loss(policy, smd.prepare(policy, r, reward_B, s), s)
+
+    def forward(record_LBGT):
+        """A model that knows nothing of shared prompts: the whole sequence, each with its own."""
+        tokens_BT = torch.cat((r.prompt_NP.repeat_interleave(3, dim=0), r.response_BR), dim=1)
+        return model.logits(
+            model(tokens_BT, r.pad_N.repeat_interleave(3), record_LBGT)[:, r.prompt_NP.shape[1] - 1 : -1]
+        )
+
+    args = r.response_BR, r.logp_BR, r.mask_BR, r.evicted_at_LBGT, reward_B.view(4, 3)
+    got = names["smd_loss"](forward, *args, longest=s.max_new)
+    compare("gradient of the loss", grads(got, model), grads(want, model), 1e-10)
+    with pytest.raises(AssertionError, match="sampler and learner"):
+        names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=s.max_new)
+
+
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
-    from experiments import compare, runs
+    from experiments import compare, runs, sweep
 
     common = {k: v for k, v in vars(tiny(tmp_path)).items() if k not in ("out", "seed", "method", "resume")} | {
         "eval_every": 2
@@ -1540,10 +1563,16 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     assert {out: runs.run(out, **given) for out, given in jobs.items()} == done
     by_method = {m: [done[tmp_path / f"{m}{n}"] for n in range(2)] for m in ("smd", "naive")}
     groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
-    assert runs.table(groups, tmp_path / "table.md").count("±") == 2 * 8
+    assert runs.table(groups, tmp_path / "table.md").count("±") >= 2
     with pytest.raises(smd.UsageError, match="holds a run with --policy snapkv, not random"):
         runs.run(tmp_path / "smd0", **jobs[tmp_path / "smd0"] | {"policy": "random"})
     compare.draw(by_method, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n") == 4
+    sweep.draw({("50%", method): runs for method, runs in groups.items()}, "kept", tmp_path / "sweep.png")
+    assert (
+        (tmp_path / "curves.png").exists()
+        and (tmp_path / "sweep.png").exists()
+        and (tmp_path / "table.md").read_text().count("\n") == 4
+    )
     mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and math.isclose(half, 4.30 / 3**0.5)
+    assert runs.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith("a  2 ± 2.5  1")

@@ -11,11 +11,13 @@ sequence weights for that of J_dense.
 
 import dataclasses
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
 import smd
+from experiments.runs import COLOURS, save
 from test_smd import World, apart, grads
 
 LENGTHS, SEEDS = range(1, 6), range(5)
@@ -72,16 +74,14 @@ def main() -> None:
             values.append(sorted(noise(world, dense=name == "seq_is") for world in worlds))
             line += f"{values[-1][2]:12.1f} ({values[-1][0]:.1f}, {values[-1][-1]:.1f})".rjust(30)
         print(line, flush=True)
-    for (name, values), colour in zip(found.items(), ("#1f77b4", "#d62728"), strict=True):
+    for name, values in found.items():
         least, _, median, _, most = zip(*values, strict=True)
-        axis.fill_between(LENGTHS, least, most, color=colour, alpha=0.2, linewidth=0)
-        axis.plot(LENGTHS, median, "o-", color=colour)
-        axis.annotate(
-            name, (LENGTHS[-1], median[-1]), xytext=(6, 0), textcoords="offset points", color=colour, va="center"
-        )
+        axis.fill_between(LENGTHS, least, most, color=COLOURS[name], alpha=0.2, linewidth=0)
+        axis.plot(LENGTHS, median, "o-", color=COLOURS[name])
+        axis.annotate(name, (5.1, median[-1]), color=COLOURS[name], va="center")
     axis.set(xlabel="response tokens", ylabel="tr Cov / ‖mean‖² of one response's gradient", yscale="log")
     axis.set(xticks=LENGTHS, xlim=(0.8, 5.6))  # room for the names
-    figure.savefig("assets/variance.png", dpi=120)
+    save(figure, Path("assets/variance.png"))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ import smd
 
 # the same colour for the same method everywhere, readable on white and on black
 COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
+
+
+def colour(name: str) -> str:
+    """Of a method, or of one of its lines ("smd, 50%"); black for what is none."""
+    return COLOURS.get(name.split(",")[0], "black")
+
+
 # Student's t for 95 %, by degrees of freedom
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
@@ -88,6 +95,8 @@ def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
     """The columns of a table, of one run."""
     diagnosed = [row for row in rows if "kl_sparse_dense" in row]
     return {
+        "base sparse %": 100 * summary["before"]["sparse"],
+        "base dense %": 100 * summary["before"]["dense"],
         "sparse %": 100 * summary["after"]["sparse"],
         "dense %": 100 * summary["after"]["dense"],
         "mean reward": statistics.mean(row["reward"] for row in rows),
@@ -111,7 +120,7 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
     cells = [["", *columns]]
     for name, seeds in groups.items():
         pairs = (mean_and_interval([figures[column] for figures in seeds]) for column in columns)
-        cells.append([name, *(f"{mean:.3g} ± {half:.2g}" for mean, half in pairs)])
+        cells.append([name, *(f"{mean:.3g}" + (f" ± {half:.2g}" if half > 0 else "") for mean, half in pairs)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     marked = ["| " + " | ".join(row) + " |" for row in cells]
@@ -120,12 +129,12 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
 
 
 def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
-    """Each method's name at the end (x, y) of its curve, moved up where two would overlap."""
+    """Each line's name at the end (x, y) of its curve, moved up where two would overlap."""
     low, high = axis.get_ylim()
     above = low
     for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         above = max(y, above)
-        axis.annotate(name, (x, above), xytext=(4, 0), textcoords="offset points", va="center", color=COLOURS[name])
+        axis.annotate(name, (x, above), xytext=(4, 0), textcoords="offset points", va="center", color=colour(name))
         above += 0.05 * (high - low)
 
 
