@@ -14,7 +14,18 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.runs import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.runs import (
+    COLOURS,
+    command,
+    figures,
+    label_ends,
+    mean_and_interval,
+    options,
+    positive,
+    run_all,
+    save,
+    table,
+)
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
@@ -58,7 +69,7 @@ def draw(done: dict[str, list], path: Path) -> None:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=positive, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     given = parser.parse_args()
     common = dict(steps=given.steps, policy=given.policy)

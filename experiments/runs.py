@@ -32,19 +32,23 @@ def colour(name: str) -> str:
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
+def finished(out: Path, steps: int) -> bool:
+    summary = out / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["steps"] == steps
+
+
 def run(out: Path, **given) -> tuple[dict, list[dict]]:
     """summary.json and the rows of metrics.jsonl of a run in `out`: read if it is finished, resumed if it was begun.
 
     Raises UsageError where `out` holds a run with other settings.
     """
-    begun, summary = (out / "config.json").exists(), out / "summary.json"
-    settings = smd.checked(smd.Settings(out=str(out), resume=begun, **given))
+    settings = smd.checked(smd.Settings(out=str(out), resume=(out / "config.json").exists(), **given))
     smd.find_run(settings)
-    if not summary.exists() or json.loads(summary.read_text())["steps"] != settings.steps:
+    if not finished(out, settings.steps):
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             smd.train(settings)
-    return json.loads(summary.read_text()), smd.read_metrics(out / "metrics.jsonl", settings.steps)
+    return json.loads((out / "summary.json").read_text()), smd.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
 def begin_worker(threads: int) -> None:
@@ -64,30 +68,39 @@ def make_base(given: dict) -> None:
 
 def run_all(jobs: dict[Path, dict], workers: int, bar: tqdm) -> dict[Path, tuple[dict, list[dict]]]:
     """All jobs, folder -> settings, so many at a time, each with its share of the cores. Ctrl-C keeps what is there."""
+    done = {out: run(out, **given) for out, given in jobs.items() if finished(out, given["steps"])}
+    todo = {out: given for out, given in jobs.items() if out not in done}
+    bar.update(len(done))
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(threads,))
     try:
         # a base policy that several runs start from is made once, before them
-        bases = dict(zip(pool.map(base_path, jobs.values()), jobs.values(), strict=True))
+        bases = dict(zip(pool.map(base_path, todo.values()), todo.values(), strict=True))
         list(pool.map(make_base, bases.values()))
-        futures = {out: pool.submit(run, out, **given) for out, given in jobs.items()}
-        for future in as_completed(futures.values()):
-            future.result()
+        futures = {pool.submit(run, out, **given): out for out, given in todo.items()}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
             bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    return {out: future.result() for out, future in futures.items()}
+    return {out: done[out] for out in jobs}
+
+
+def positive(text: str) -> int:
+    """The type of a count on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def options(description: str) -> argparse.ArgumentParser:
     """The command line that experiments with runs share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--policy", default="snapkv", choices=list(smd.POLICIES))
-    parser.add_argument(
-        "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time"
-    )
+    cores = 1 if torch.cuda.is_available() else os.cpu_count()
+    parser.add_argument("--jobs", type=positive, default=cores, help="runs at a time")
     return parser
 
 
@@ -139,12 +152,15 @@ def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run an experiment; bad input ends it with one line and exit code 2."""
+    """Run an experiment; bad input ends it with one line and exit code 2, Ctrl-C with one line and 130."""
     try:
         main()
     except (smd.UsageError, FloatingPointError) as e:
         print(e, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def save(figure, path: Path) -> None:

@@ -16,7 +16,18 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.runs import colour, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.runs import (
+    colour,
+    command,
+    figures,
+    label_ends,
+    mean_and_interval,
+    options,
+    positive,
+    run_all,
+    save,
+    table,
+)
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -61,7 +72,7 @@ def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> No
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=list(SWEEPS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     given = parser.parse_args()
     axis_label, points = SWEEPS[given.sweep]
     jobs, place = {}, {}
