@@ -1573,6 +1573,8 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
         and (tmp_path / "sweep.png").exists()
         and (tmp_path / "table.md").read_text().count("\n") == 4
     )
+    assert compare.best_rates({("smd", lr): (None, [{"reward": lr}]) for lr in (0.1, 0.3, 0.2)}) == {"smd": 0.3}
+    assert [compare.rank_correlation([1.0, 2.0, 9.0], y) for y in ([0.0, 1.0, 2.0], [5.0, 4.0, 1.0])] == [1.0, -1.0]
     mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and math.isclose(half, 4.30 / 3**0.5)
     assert runs.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith("a  2 ± 2.5  1")

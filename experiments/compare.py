@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 from tqdm import tqdm
 
 import smd
@@ -30,18 +31,31 @@ from experiments.runs import (
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
 
-def chosen_rates(methods: list[str], out: Path, common: dict, workers: int, bar: tqdm) -> dict[str, float]:
+def best_rates(searched: dict[tuple[str, float], tuple[dict, list[dict]]]) -> dict[str, float]:
     """The learning rate of each method."""
-    jobs = {
-        out / "runs" / f"search-{method}-{lr:g}": dict(method=method, lr=lr, seed=SEARCH_SEED, **common)
-        for method in methods
-        for lr in LEARNING_RATES
-    }
-    done, best = run_all(jobs, workers, bar), {}
-    for folder, (_, rows) in done.items():
+    best = {}
+    for (method, lr), (_, rows) in searched.items():
         reward = statistics.mean(row["reward"] for row in rows[-(len(rows) // 4 or 1) :])
-        best[jobs[folder]["method"]] = max(best.get(jobs[folder]["method"], (-1.0, 0.0)), (reward, jobs[folder]["lr"]))
+        best[method] = max(best.get(method, (-1.0, 0.0)), (reward, lr))
     return {method: lr for method, (_, lr) in best.items()}
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    rank_2n = torch.tensor([x, y]).argsort(dim=1).argsort(dim=1)
+    return torch.corrcoef(rank_2n.double())[0, 1].item()
+
+
+def predictors(runs: list[tuple[dict, list[dict]]]) -> str:
+    """Rank correlation, over runs, of what is diagnosed in the first quarter of a run with its final accuracies."""
+    lines = [f"rank correlation over {len(runs)} runs{'':14}with sparse %  with dense %"]
+    for name in ("ess_sequence", "ess_token", "overlap_p05", "kl_sparse_dense"):
+        early = [statistics.mean(row[name] for row in rows[: len(rows) // 4 or 1] if name in row) for _, rows in runs]
+        line = f"  {name + ', first quarter of the steps':43}"
+        for cache in ("sparse", "dense"):
+            final = [summary["after"][cache] for summary, _ in runs]
+            line += f"{rank_correlation(early, final):14.2f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def draw(done: dict[str, list], path: Path) -> None:
@@ -73,19 +87,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     given = parser.parse_args()
     common = dict(steps=given.steps, policy=given.policy)
-    with tqdm(total=len(given.methods) * (len(LEARNING_RATES) + given.seeds), desc="compare") as bar:
-        rates = chosen_rates(given.methods, given.out, common, given.jobs, bar)
-        jobs = {
-            given.out / "runs" / f"{method}-{rates[method]:g}-{seed}": dict(
-                method=method, lr=rates[method], seed=seed, eval_every=max(1, given.steps // 8), **common
-            )
-            for seed in range(given.seeds)
-            for method in given.methods
-        }
-        done = run_all(jobs, given.jobs, bar)
-    by_method = {m: [result for out, result in done.items() if jobs[out]["method"] == m] for m in given.methods}
+    grid = {(method, lr): dict(method=method, lr=lr) for method in given.methods for lr in LEARNING_RATES}
+    with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
+        places = {given.out / "runs" / f"search-{m}-{lr:g}": (m, lr) for m, lr in grid}
+        jobs = {out: dict(grid[place], seed=SEARCH_SEED, **common) for out, place in places.items()}
+        searched = {places[out]: result for out, result in run_all(jobs, given.jobs, bar).items()}
+        rates = best_rates(searched)
+        places = {given.out / "runs" / f"{m}-{rates[m]:g}-{n}": (m, n) for n in range(given.seeds) for m in rates}
+        common |= dict(eval_every=max(1, given.steps // 8))
+        jobs = {out: dict(method=m, lr=rates[m], seed=n, **common) for out, (m, n) in places.items()}
+        done = {places[out]: result for out, result in run_all(jobs, given.jobs, bar).items()}
+    print(
+        table({f"{m}, lr {lr:g}": [figures(*result)] for (m, lr), result in searched.items()}, given.out / "search.md")
+    )
+    by_method = {m: [result for (method, _), result in done.items() if method == m] for m in rates}
     named = {f"{m}, lr {rates[m]:g}": [figures(*result) for result in runs] for m, runs in by_method.items()}
     print(table(named, given.out / "table.md"))
+    mismatched = [result for (m, _), result in [*searched.items(), *done.items()] if smd.METHODS[m].evicts]
+    if len(mismatched) > 1:
+        print(predictors(mismatched))
     draw(by_method, given.out / "curves.png")
 
 
