@@ -521,7 +521,8 @@ def storage_bytes(*tensors: Tensor | None) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-SCRATCH = 2**20  # numbers of keys, and of values, that decoding converts to float64 at a time
+# numbers of keys, and of values, that decoding converts to float64 at a time: what a CPU's own cache holds
+SCRATCH = {"cpu": 2**20, "cuda": 2**28}
 
 
 class Cache:
@@ -587,7 +588,7 @@ class Cache:
         hidden_BG1K, out, weight = ~self.live(l, at + 1)[1][:, :, None], [], []
         # in float64, like the plain attention that the learner uses; a part of the sequences at a time, because the
         # float64 copies of all of them would be twice the cache
-        part = max(1, SCRATCH // (k[0].numel() * (at + 1)))
+        part = max(1, SCRATCH[k.device.type] // (k[0].numel() * (at + 1)))
         cache = (t[l][:, :, : at + 1].split(part) for t in (self.k, self.v))
         for q_bHD, hidden_bG1K, k_bGKD, v_bGKD in zip(
             q[:, :, 0].split(part), hidden_BG1K.split(part), *cache, strict=True

@@ -149,8 +149,9 @@ def oracle_logp(model, prompt: list[int], response: list[int], evicted_at_LGT, p
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_1_replay_equals_the_sampler(policy, dtype, tolerance):
+def test_1_replay_equals_the_sampler(policy, dtype, tolerance, monkeypatch):
     """Would catch a mask rebuilt by another rule, a head or layer mixed up, padding or RoPE off by one."""
+    monkeypatch.setitem(smd.SCRATCH, "cpu", 2**11)  # several parts, the last one smaller, as in a long decode
     model = small_model(dtype)
     rollout = ragged_rollout(model, policy)
     lengths = rollout.length_B.tolist()
@@ -1517,7 +1518,7 @@ def test_23_what_the_readme_names_exists():
     files = re.findall(r"\]\(([\w/.]+)\)", text) + [
         f"{m.replace('.', '/')}.py" for m in re.findall(r"-m (experiments\.\w+)", text)
     ]
-    assert "assets/curves.png" in files and not [file for file in files if not (folder / file).exists()]
+    assert "assets/variance.png" in files and not [file for file in files if not (folder / file).exists()]
     anchors = {
         re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
     }
@@ -1552,29 +1553,35 @@ def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
     from experiments import compare, runs, sweep
 
-    common = {k: v for k, v in vars(tiny(tmp_path)).items() if k not in ("out", "seed", "method", "resume")} | {
-        "eval_every": 2
-    }
-    jobs = {tmp_path / f"{m}{n}": dict(common, method=m, seed=n) for m in ("smd", "naive") for n in range(2)}
-    with tqdm(total=4) as bar:
-        done = runs.run_all(jobs, 2, bar)
-    assert len(list(Path(common["cache"]).iterdir())) == 1  # one base policy for all
-    monkeypatch.setattr(smd, "train", lambda *_: pytest.fail("a finished run was run again"))
-    assert {out: runs.run(out, **given) for out, given in jobs.items()} == done
-    by_method = {m: [done[tmp_path / f"{m}{n}"] for n in range(2)] for m in ("smd", "naive")}
+    monkeypatch.chdir(tmp_path)
+    jobs = [dict(TINY, eval_every=2, method=m, seed=n) for m in ("smd", "naive") for n in range(2)]
+    with tqdm(total=8) as bar:
+        done = runs.run_all(tmp_path, jobs, 2, bar)
+        monkeypatch.setattr(smd, "train", lambda *_: pytest.fail("a finished run was run again"))
+        monkeypatch.setattr(runs.ProcessPoolExecutor, "submit", lambda *_: pytest.fail("nothing was left to do"))
+        assert runs.run_all(tmp_path, jobs, 2, bar) == done
+    by_method = {"smd": done[:2], "naive": done[2:]}
     groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
     assert runs.table(groups, tmp_path / "table.md").count("±") >= 2
+    folder = Path(done[0][0]["out"])
     with pytest.raises(smd.UsageError, match="holds a run with --policy snapkv, not random"):
-        runs.run(tmp_path / "smd0", **jobs[tmp_path / "smd0"] | {"policy": "random"})
+        runs.run(folder, **jobs[0] | {"policy": "random"})
     compare.draw(by_method, tmp_path / "curves.png")
     sweep.draw({("50%", method): runs for method, runs in groups.items()}, "kept", tmp_path / "sweep.png")
-    assert (
-        (tmp_path / "curves.png").exists()
-        and (tmp_path / "sweep.png").exists()
-        and (tmp_path / "table.md").read_text().count("\n") == 4
-    )
-    assert compare.best_rates({("smd", lr): (None, [{"reward": lr}]) for lr in (0.1, 0.3, 0.2)}) == {"smd": 0.3}
-    assert [compare.rank_correlation([1.0, 2.0, 9.0], y) for y in ([0.0, 1.0, 2.0], [5.0, 4.0, 1.0])] == [1.0, -1.0]
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "sweep.png").exists()
+    assert (tmp_path / "table.md").read_text().count("\n") == 4
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["before"]["dense"] += 0.5
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(smd.UsageError, match="different base policies"), tqdm(total=4) as bar:
+        runs.run_all(tmp_path, jobs, 2, bar)
+    rows = {0.1: [9, 9, 9, 1], 0.3: [0, 0, 0, 3], 0.2: [0, 0, 0, 2]}  # the last quarter counts
+    searched = {("smd", lr): (None, [{"reward": float(r)} for r in rewards]) for lr, rewards in rows.items()}
+    assert compare.best_rates(searched) == {"smd": 0.3}
+    assert compare.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [1.0, -1.5, 1.0, -0.5]
+    rise, fall, constant = [[1.0, 2.0, 9.0], [70.0, 80.0]], [[5.0, 4.0, 1.0], [2.0, 1.0]], [[1.0] * 3, [7.0] * 2]
+    found = [compare.rank_correlation(rise, y) for y in (rise, fall, constant)]
+    assert found[:2] == pytest.approx([1.0, -1.0]) and math.isnan(found[2])
     mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and math.isclose(half, 4.30 / 3**0.5)
     assert runs.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith("a  2 ± 2.5  1")

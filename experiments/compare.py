@@ -4,9 +4,10 @@
     python -m experiments.compare --methods smd naive --seeds 3      part of it; what is finished is never run again
 
 Each method gets the same search: three learning rates on one seed outside the reported ones; the one with the highest
-mean reward over the last quarter of the steps is taken. Per seed all methods see the same prompts.
+mean reward of its own rollouts over the last quarter of the steps is taken. Per seed all methods see the same prompts.
 """
 
+import argparse
 import statistics
 from pathlib import Path
 
@@ -15,18 +16,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from experiments.runs import (
-    COLOURS,
-    command,
-    figures,
-    label_ends,
-    mean_and_interval,
-    options,
-    positive,
-    run_all,
-    save,
-    table,
-)
+from experiments.runs import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
@@ -40,19 +30,32 @@ def best_rates(searched: dict[tuple[str, float], tuple[dict, list[dict]]]) -> di
     return {method: lr for method, (_, lr) in best.items()}
 
 
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    rank_2n = torch.tensor([x, y]).argsort(dim=1).argsort(dim=1)
-    return torch.corrcoef(rank_2n.double())[0, 1].item()
+def ranks(values: list[float]) -> torch.Tensor:
+    """Ranks less their mean; equal values share one."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return 0.5 * (x[:, None] > x).sum(dim=1) - 0.5 * (x[:, None] < x).sum(dim=1)
 
 
-def predictors(runs: list[tuple[dict, list[dict]]]) -> str:
-    """Rank correlation, over runs, of what is diagnosed in the first quarter of a run with its final accuracies."""
-    lines = [f"rank correlation over {len(runs)} runs{'':14}with sparse %  with dense %"]
+def rank_correlation(x: list[list[float]], y: list[list[float]]) -> float:
+    """Of x with y, ranked within each of several groups; NaN where either is the same everywhere."""
+    rank_x, rank_y = (torch.cat([ranks(group) for group in groups]) for groups in (x, y))
+    return torch.corrcoef(torch.stack((rank_x, rank_y)))[0, 1].item()
+
+
+def predictors(runs: dict[float, list[tuple[dict, list[dict]]]]) -> str:
+    """Does what is diagnosed in the first quarter of a run tell its final accuracies? Ranked within learning rates.
+
+    Within, because a higher rate moves both: the policies apart and the accuracy.
+    """
+    lines = [f"rank correlation, {sum(map(len, runs.values()))} runs{'':22}with sparse %  with dense %"]
     for name in ("ess_sequence", "ess_token", "overlap_p05", "kl_sparse_dense"):
-        early = [statistics.mean(row[name] for row in rows[: len(rows) // 4 or 1] if name in row) for _, rows in runs]
         line = f"  {name + ', first quarter of the steps':43}"
+        early = [
+            [statistics.mean(row[name] for row in rows[: len(rows) // 4 or 1] if name in row) for _, rows in group]
+            for group in runs.values()
+        ]
         for cache in ("sparse", "dense"):
-            final = [summary["after"][cache] for summary, _ in runs]
+            final = [[summary["after"][cache] for summary, _ in group] for group in runs.values()]
             line += f"{rank_correlation(early, final):14.2f}"
         lines.append(line)
     return "\n".join(lines)
@@ -81,31 +84,33 @@ def draw(done: dict[str, list], path: Path) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options(parser, seeds=5)
+    parser.add_argument("--policy", default="snapkv", choices=list(smd.POLICIES))
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
-    parser.add_argument("--seeds", type=positive, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     given = parser.parse_args()
-    common = dict(steps=given.steps, policy=given.policy)
-    grid = {(method, lr): dict(method=method, lr=lr) for method in given.methods for lr in LEARNING_RATES}
+    common = dict(policy=given.policy, steps=given.steps)
+    grid = [(method, lr) for method in given.methods for lr in LEARNING_RATES]
     with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
-        places = {given.out / "runs" / f"search-{m}-{lr:g}": (m, lr) for m, lr in grid}
-        jobs = {out: dict(grid[place], seed=SEARCH_SEED, **common) for out, place in places.items()}
-        searched = {places[out]: result for out, result in run_all(jobs, given.jobs, bar).items()}
+        jobs = [dict(method=method, lr=lr, seed=SEARCH_SEED, **common) for method, lr in grid]
+        searched = dict(zip(grid, run_all(given.out / "runs", jobs, given.jobs, bar), strict=True))
         rates = best_rates(searched)
-        places = {given.out / "runs" / f"{m}-{rates[m]:g}-{n}": (m, n) for n in range(given.seeds) for m in rates}
         common |= dict(eval_every=max(1, given.steps // 8))
-        jobs = {out: dict(method=m, lr=rates[m], seed=n, **common) for out, (m, n) in places.items()}
-        done = {places[out]: result for out, result in run_all(jobs, given.jobs, bar).items()}
+        jobs = [dict(method=m, lr=rates[m], seed=n, **common) for n in range(given.seeds) for m in rates]
+        done = run_all(given.out / "runs", jobs, given.jobs, bar)
     print(
         table({f"{m}, lr {lr:g}": [figures(*result)] for (m, lr), result in searched.items()}, given.out / "search.md")
     )
-    by_method = {m: [result for (method, _), result in done.items() if method == m] for m in rates}
+    by_method = {m: [result for job, result in zip(jobs, done, strict=True) if job["method"] == m] for m in rates}
     named = {f"{m}, lr {rates[m]:g}": [figures(*result) for result in runs] for m, runs in by_method.items()}
     print(table(named, given.out / "table.md"))
-    mismatched = [result for (m, _), result in [*searched.items(), *done.items()] if smd.METHODS[m].evicts]
-    if len(mismatched) > 1:
-        print(predictors(mismatched))
+    by_rate = {lr: [] for lr in LEARNING_RATES}
+    for method in (m for m in rates if smd.METHODS[m].evicts):
+        by_rate[rates[method]] += by_method[method]
+        for lr in LEARNING_RATES:
+            by_rate[lr].append(searched[method, lr])
+    print(predictors(by_rate))
     draw(by_method, given.out / "curves.png")
 
 

@@ -9,6 +9,7 @@ response is a random number less its mean. There both estimators are unbiased, S
 sequence weights for that of J_dense.
 """
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import smd
-from experiments.runs import COLOURS, save
+from experiments.runs import COLOURS, command, save
 from test_smd import World, apart, grads
 
 LENGTHS, SEEDS = range(1, 6), range(5)
@@ -60,6 +61,7 @@ def distances() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     distances()
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     print(
@@ -85,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -14,7 +14,7 @@ import dataclasses
 import torch
 
 import smd
-from experiments.runs import command
+from experiments.runs import command, positive
 
 
 def needed(examples: list[smd.Example]) -> torch.Tensor:
@@ -75,10 +75,12 @@ def freeze(live: bool, seed: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("hold", "freeze"))
-    parser.add_argument("--live", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200)
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("hold")
+    training = what.add_parser("freeze")
+    training.add_argument("--live", action="store_true")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--steps", type=positive, default=200)
     given = parser.parse_args()
     hold() if given.what == "hold" else freeze(given.live, given.seed, given.steps)
 

@@ -28,8 +28,9 @@ def colour(name: str) -> str:
     return COLOURS.get(name.split(",")[0], "black")
 
 
-# Student's t for 95 %, by degrees of freedom
+# Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+CORES = os.cpu_count() or 1
 
 
 def finished(out: Path, steps: int) -> bool:
@@ -66,25 +67,32 @@ def make_base(given: dict) -> None:
         smd.Agent(smd.checked(smd.Settings(**given))).load_base()
 
 
-def run_all(jobs: dict[Path, dict], workers: int, bar: tqdm) -> dict[Path, tuple[dict, list[dict]]]:
-    """All jobs, folder -> settings, so many at a time, each with its share of the cores. Ctrl-C keeps what is there."""
-    done = {out: run(out, **given) for out, given in jobs.items() if finished(out, given["steps"])}
-    todo = {out: given for out, given in jobs.items() if out not in done}
+def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:
+    """A run for each of these settings, so many at a time, each with its share of the cores; in the order of `jobs`.
+
+    A run's folder is named by all that is set, so that experiments find the runs that they have in common. Ctrl-C keeps
+    what is there. Raises UsageError where the runs that are there started from another base policy than the new ones.
+    """
+    given = {out / "-".join(map(str, job.values())): job for job in jobs}
+    done = {folder: run(folder, **job) for folder, job in given.items() if finished(folder, job["steps"])}
+    todo = {folder: job for folder, job in given.items() if folder not in done}
     bar.update(len(done))
-    threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(threads,))
+    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(max(1, CORES // workers),))
     try:
         # a base policy that several runs start from is made once, before them
         bases = dict(zip(pool.map(base_path, todo.values()), todo.values(), strict=True))
         list(pool.map(make_base, bases.values()))
-        futures = {pool.submit(run, out, **given): out for out, given in todo.items()}
+        futures = {pool.submit(run, folder, **job): folder for folder, job in todo.items()}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    return {out: done[out] for out in jobs}
+    starts = {(job.get("hops"), done[folder][0]["before"]["dense"]) for folder, job in given.items()}
+    if len(starts) > len({hops for hops, _ in starts}):
+        raise smd.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
+    return [done[out / "-".join(map(str, job.values()))] for job in jobs]
 
 
 def positive(text: str) -> int:
@@ -94,14 +102,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """The command line that experiments with runs share."""
-    parser = argparse.ArgumentParser(description=description)
+def options(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """The flags that experiments with many runs share."""
+    parser.add_argument("--seeds", type=positive, default=seeds)
     parser.add_argument("--steps", type=positive, default=200)
-    parser.add_argument("--policy", default="snapkv", choices=list(smd.POLICIES))
-    cores = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument("--jobs", type=positive, default=cores, help="runs at a time")
-    return parser
+    workers = 1 if torch.cuda.is_available() else CORES
+    parser.add_argument("--jobs", type=positive, default=workers, help="runs at a time")
 
 
 def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
@@ -124,7 +130,8 @@ def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval; NaN for one value alone."""
     spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return statistics.mean(values), T_95.get(len(values) - 1, 2.0) * spread / len(values) ** 0.5
+    n = len(values) - 1
+    return statistics.mean(values), T_95.get(n, 1.96 + 2.5 / max(1, n)) * spread / len(values) ** 0.5
 
 
 def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
@@ -159,7 +166,7 @@ def command(main: Callable[[], None]) -> None:
         print(e, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(130)
 
 

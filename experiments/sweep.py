@@ -5,10 +5,11 @@
     python -m experiments.sweep lam         λ = 0, 0.1, 1 at 50 and at 35 %: smd
     python -m experiments.sweep length      answers of 3, 6, 9, 12 letters: smd, naive, seq_is
 
-Three seeds each (--seeds), 200 steps (--steps), snapkv (--policy). What is finished is never run again; another length
-of the answer has its own base policy.
+Three seeds each (--seeds), 200 steps (--steps), snapkv (--policy), each method at its own learning rate. What is
+finished is never run again; another length of the answer has its own base policy.
 """
 
+import argparse
 import itertools
 from pathlib import Path
 
@@ -16,18 +17,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.runs import (
-    colour,
-    command,
-    figures,
-    label_ends,
-    mean_and_interval,
-    options,
-    positive,
-    run_all,
-    save,
-    table,
-)
+from experiments.runs import colour, command, figures, label_ends, mean_and_interval, options, run_all, save, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -40,7 +30,9 @@ SWEEPS = {
         [(f"{k}", m, dict(hops=k, method=m)) for k in (3, 6, 9, 12) for m in (*BOTH, "seq_is")],
     ),
 }
-DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=smd.Settings.hops)
+DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=smd.Settings.hops, method="smd")
+# what the search of `experiments.compare --policy random` chose
+RATES = dict(smd=4e-4, naive=2e-4, seq_is=1e-4)
 
 
 def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> None:
@@ -56,12 +48,10 @@ def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> No
             )
             axis.errorbar(at, mean, half, fmt=next(style), capsize=3, color=colour(line))
             ends[line] = at[-1], mean[-1]
-        if "%" in column:
-            base = [
-                next(runs[0]["base " + column] for (at, _), runs in groups.items() if at == label) for label in labels
-            ]
-            axis.plot(base, ":", color="black", zorder=0)
-            ends["base"] = len(labels) - 1, base[-1]
+            if "%" in column:
+                base = [groups[labels[n], line][0]["base " + column] for n in at]
+                axis.plot(at, base, ":", color="black", zorder=0)
+                ends["base"] = at[-1], base[-1]
         axis.set(title=column, xlabel=axis_label, ylim=(0, 100) if "%" in column else (0, None))
         axis.set(xlim=(-0.2, 1.25 * len(labels) - 0.9))
         axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 5 else 0)
@@ -70,27 +60,27 @@ def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> No
 
 
 def main() -> None:
-    parser = options(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=list(SWEEPS))
-    parser.add_argument("--seeds", type=positive, default=3)
+    options(parser, seeds=3)
+    parser.add_argument("--policy", choices=list(smd.POLICIES), help="default: snapkv")
     given = parser.parse_args()
+    if given.sweep == "policy" and given.policy:
+        parser.error("the sweep over policies takes no --policy")
     axis_label, points = SWEEPS[given.sweep]
-    jobs, place = {}, {}
+    default, jobs, places = DEFAULTS | dict(policy=given.policy or "snapkv"), [], []
     for seed in range(given.seeds):
         for label, line, settings in points:
-            settings = (
-                DEFAULTS | dict(policy=given.policy, method="smd", seed=seed) | settings | dict(steps=given.steps)
-            )
-            # a folder is named by all that is set, so that sweeps share the runs that they have in common
-            folder = Path("out/sweep/runs") / "-".join(map(str, settings.values()))
-            jobs[folder], place[folder] = settings, (label, line)
+            settings = default | settings
+            jobs.append(settings | dict(lr=RATES[settings["method"]], seed=seed, steps=given.steps))
+            places.append((label, line))
     with tqdm(total=len(jobs), desc=given.sweep) as bar:
-        done = run_all(jobs, given.jobs, bar)
+        done = run_all(Path("out/sweep/runs"), jobs, given.jobs, bar)
     groups: dict[tuple[str, str], list] = {}
-    for folder, result in done.items():
-        groups.setdefault(place[folder], []).append(figures(*result))
-    name = f"{given.sweep}-{given.policy}"
-    print(table({", ".join(at): runs for at, runs in groups.items()}, Path("out/sweep") / f"{name}.md"))
+    for place, result in zip(places, done, strict=True):
+        groups.setdefault(place, []).append(figures(*result))
+    name = "-".join(filter(None, (given.sweep, given.policy)))
+    print(table({", ".join(place): runs for place, runs in groups.items()}, Path("out/sweep") / f"{name}.md"))
     draw(groups, axis_label, Path("out/sweep") / f"{name}.png")
 
 
