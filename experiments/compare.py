@@ -77,7 +77,7 @@ def draw(done: dict[str, list], path: Path) -> None:
             axis.fill_between(steps, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
             axis.plot(steps, mean, color=COLOURS[method])
             ends[method] = steps[-1], mean[-1]
-        axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 1), xlim=(0, 1.16 * steps[-1]))
+        axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 1), xlim=(0, 1.2 * steps[-1]))
         label_ends(axis, ends)
     axes[0].set_ylabel("held-out accuracy")
     save(figure, path)

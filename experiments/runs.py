@@ -149,13 +149,21 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
 
 
 def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
-    """Each line's name at the end (x, y) of its curve, moved up where two would overlap."""
+    """Each line's name at the end (x, y) of its curve, moved up or down where two would overlap."""
     low, high = axis.get_ylim()
-    above = low
-    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        above = max(y, above)
-        axis.annotate(name, (x, above), xytext=(4, 0), textcoords="offset points", va="center", color=colour(name))
-        above += 0.05 * (high - low)
+    gap = 0.06 * (high - low)
+    names = sorted(ends, key=lambda name: ends[name][1])
+    above = [ends[name][1] for name in names]
+    for _ in range(100):
+        for n in range(len(above) - 1):
+            push = max(0.0, gap - (above[n + 1] - above[n])) / 2
+            above[n], above[n + 1] = above[n] - push, above[n + 1] + push
+    shift = min(0.0, high - gap / 2 - above[-1])  # the last of them must not leave the axes
+    for name, y in zip(names, above, strict=True):
+        axis.annotate(
+            name, (ends[name][0], y + shift), xytext=(6, 0), textcoords="offset points", va="center", color=colour(name)
+        )
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def command(main: Callable[[], None]) -> None:
