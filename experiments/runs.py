@@ -150,19 +150,18 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
 
 def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
     """Each line's name at the end (x, y) of its curve, moved up or down where two would overlap."""
-    low, high = axis.get_ylim()
-    gap = 0.06 * (high - low)
-    names = sorted(ends, key=lambda name: ends[name][1])
-    above = [ends[name][1] for name in names]
+    gap, to_axes = 0.06, axis.transData + axis.transAxes.inverted()  # heights from here on are shares of the axes'
+    height = {name: to_axes.transform(end)[1] for name, end in ends.items()}
+    names = sorted(height, key=height.get)
+    at = [height[name] for name in names]
     for _ in range(100):
-        for n in range(len(above) - 1):
-            push = max(0.0, gap - (above[n + 1] - above[n])) / 2
-            above[n], above[n + 1] = above[n] - push, above[n + 1] + push
-    shift = min(0.0, high - gap / 2 - above[-1])  # the last of them must not leave the axes
-    for name, y in zip(names, above, strict=True):
-        axis.annotate(
-            name, (ends[name][0], y + shift), xytext=(6, 0), textcoords="offset points", va="center", color=colour(name)
-        )
+        for n in range(len(at) - 1):
+            push = max(0.0, gap - (at[n + 1] - at[n])) / 2
+            at[n], at[n + 1] = at[n] - push, at[n + 1] + push
+    shift = min(0.0, 1 - at[-1]) + max(0.0, gap / 2 - at[0])  # none of them leaves the axes
+    for name, y in zip(names, at, strict=True):
+        place = dict(xycoords=("data", "axes fraction"), xytext=(6, 0), textcoords="offset points", va="center")
+        axis.annotate(name, (ends[name][0], y + shift), color=colour(name), **place)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -11,13 +11,14 @@ finished is never run again; another length of the answer has its own base polic
 
 import argparse
 import itertools
+import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.runs import colour, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.runs import colour, command, figures, label_ends, options, run_all, save, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -36,26 +37,34 @@ RATES = dict(smd=4e-4, naive=2e-4, seq_is=1e-4)
 
 
 def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> None:
-    """Final accuracy with the sparse and the dense cache, KL and effective sample size, at each point of the sweep."""
+    """Final accuracy with either cache, KL and effective sample size along the sweep: mean, and a dot for each seed."""
     labels = list(dict.fromkeys(label for label, _ in groups))
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    for axis, column in zip(axes, ("sparse %", "dense %", "KL(sparse‖dense)", "least ESS"), strict=True):
-        ends, style = {}, itertools.cycle(("o-", "s--"))
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for axis, column in zip(axes.flat, ("sparse %", "dense %", "KL(sparse‖dense)", "least ESS"), strict=True):
+        ends, style = {}, itertools.cycle(("o-", "s--", "^-."))
+        axis.set(title=column, xlim=(-0.2, 1.25 * len(labels) - 0.9))
+        axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 5 else 0)
         for line in dict.fromkeys(line for _, line in groups):
             at = [n for n, label in enumerate(labels) if (label, line) in groups]
-            mean, half = zip(
-                *(mean_and_interval([run[column] for run in groups[labels[n], line]]) for n in at), strict=True
-            )
-            axis.errorbar(at, mean, half, fmt=next(style), capsize=3, color=colour(line))
+            values = [[run[column] for run in groups[labels[n], line]] for n in at]
+            mean = [statistics.mean(seeds) for seeds in values]
+            axis.plot(at, mean, next(style), color=colour(line), markersize=4)
+            dots = [(n, value) for n, seeds in zip(at, values, strict=True) for value in seeds]
+            axis.scatter(*zip(*dots, strict=True), s=14, color=colour(line), alpha=0.35, linewidth=0)
             ends[line] = at[-1], mean[-1]
             if "%" in column:
                 base = [groups[labels[n], line][0]["base " + column] for n in at]
                 axis.plot(at, base, ":", color="black", zorder=0)
                 ends["base"] = at[-1], base[-1]
-        axis.set(title=column, xlabel=axis_label, ylim=(0, 100) if "%" in column else (0, None))
-        axis.set(xlim=(-0.2, 1.25 * len(labels) - 0.9))
-        axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 5 else 0)
+        if "%" in column:
+            axis.set(ylim=(0, 100))
+        elif "ESS" in column:
+            axis.set(yscale="log", ylim=(None, 1.1))
+        else:
+            axis.set(ylim=(0, None))
         label_ends(axis, ends)
+    for axis in axes[1]:
+        axis.set_xlabel(axis_label)
     save(figure, path)
 
 
