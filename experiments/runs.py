@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -171,6 +172,9 @@ def command(main: Callable[[], None]) -> None:
         main()
     except (smd.UsageError, FloatingPointError) as e:
         print(e, file=sys.stderr)
+        sys.exit(2)
+    except BrokenProcessPool:
+        print("a run was killed, perhaps for want of memory; give fewer --jobs", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
