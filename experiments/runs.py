@@ -74,7 +74,8 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
     A run's folder is named by all that is set, so that experiments find the runs that they have in common. Ctrl-C keeps
     what is there. Raises UsageError where the runs that are there started from another base policy than the new ones.
     """
-    given = {out / "-".join(map(str, job.values())): job for job in jobs}
+    folders = [out / "-".join(map(str, job.values())) for job in jobs]
+    given = dict(zip(folders, jobs, strict=True))
     done = {folder: run(folder, **job) for folder, job in given.items() if finished(folder, job["steps"])}
     todo = {folder: job for folder, job in given.items() if folder not in done}
     bar.update(len(done))
@@ -93,7 +94,7 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
     starts = {(job.get("hops"), done[folder][0]["before"]["dense"]) for folder, job in given.items()}
     if len(starts) > len({hops for hops, _ in starts}):
         raise smd.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
-    return [done[out / "-".join(map(str, job.values()))] for job in jobs]
+    return [done[folder] for folder in folders]
 
 
 def positive(text: str) -> int:
