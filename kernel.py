@@ -5,39 +5,33 @@
     backward:  δ_i = do_i · out_i        ds_ij = p_ij (do_i · v_j - δ_i)
                dq_i = Σ_j ds_ij k_j / √D     dk_j = Σ_i ds_ij q_i / √D     dv_j = Σ_i p_ij do_i     over visible pairs
 
-Eviction is permanent, so a key's life is an interval and one integer describes it. The T×T mask is never stored: it
-exists inside one attention call and nowhere else. `attention_torch` is this definition. `attention_triton` computes
-the same at a cost that follows the visible pairs, as FlashAttention does (2205.14135, 2307.08691): in tiles of M
-queries by N keys, of which it visits those that may hold a visible pair. Softmax does not care about the order of the
-keys, so they are sorted first, by the epoch in which they die, latest first, then by position. Sixteen keys, named by
-their last digit, four of which (1, 4, 6, 11) survive an eviction at 12; "#" is visible; the last query of each block:
+Eviction is permanent, so one integer describes the life of a key, and no T×T mask outlives an attention call.
+`attention_torch` is the definition. `attention_triton` does the same in tiles of M queries by N keys, as FlashAttention
+does (2205.14135, 2307.08691), and visits only the tiles that may hold a visible pair. Softmax does not care about the
+order of the keys, so they are sorted first: by the epoch in which they die, latest first, then by position. Below, keys
+a to p stand at positions 0 to 15, and of a to l only b, e, g and l survive an eviction at 12. Tiles are 4 by 4, and a
+row shows the last query of a block. # is a visible key, and . is a hidden key in a tile that the block visits:
 
-                        in position order                               sorted
-    key       0 1 2 3 | 4 5 6 7 | 8 9 0 1 | 2 3 4 5      1 4 6 1 | 2 3 4 5 | 0 2 3 5 | 7 8 9 0
-    query 3   # # # # |         |         |              #       |         | # # #   |
-    query 7   # # # # | # # # # |         |              # # #   |         | # # # # | #
-    query 11  # # # # | # # # # | # # # # |              # # # # |         | # # # # | # # # #
-    query 15    #     | #   #   |       # | # # # #      # # # # | # # # # |         |
+               in position order                    sorted
+    key        a b c d | e f g h | i j k l | m n o p   b e g l | m n o p | a c d f | h i j k
+    query 3    # # # # |         |         |           # . . . |         | # # # . |
+    query 7    # # # # | # # # # |         |           # # # . |         | # # # # | # . . .
+    query 11   # # # # | # # # # | # # # # |           # # # # |         | # # # # | # # # #
+    query 15   . # . . | # . # . | . . . # | # # # #   # # # # | # # # # |         |
 
-In position order the last block visits all four tiles, sorted it visits two: survivors stand together, and within an
-epoch the keys that a block can see are a prefix, until the epoch's keys begin to die. Why epochs of 512 positions:
-sorted by the exact time of death, neighbours under rolling eviction were born far apart, so their tile is visited long
-before most of it is visible; with longer epochs it is visited long after most of it has died.
+In position order the last block visits all four tiles, sorted it visits two: survivors stand together. The length of an
+epoch, 512 positions, is a compromise. A tile is visited from the birth of its first key to the death of its last. Under
+rolling eviction, keys that die together were born far apart. With short epochs, a tile therefore waits long for most of
+its keys to be born. With long epochs, it is visited long after most of its keys have died.
 
-    python kernel.py          checks the kernels, counts their tiles, and on CUDA times them beside others
+    python kernel.py          checks the kernels against the definition; on a CPU under Triton's interpreter
 
-Dimension letters: B sequences, H query heads, G kv heads (H/G query heads share one), Tq queries, Tk keys, D head dim;
-I blocks of M queries, J tiles of N keys, K = J·N sorted places.
+Letters: B sequences, H query and G kv heads, Tq queries, Tk keys, D head dim, I blocks of M queries, J tiles of N keys.
 """
 
 import itertools
-import json
 import math
 import os
-import statistics
-import sys
-import time
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -51,13 +45,15 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 try:
     import triton
     import triton.language as tl
+    from triton import jit
 except ImportError:  # there is no triton outside Linux; the plain version runs everywhere
-    triton, tl = None, SimpleNamespace(constexpr=None)
-
-jit = triton.jit if triton else lambda kernel: kernel
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: kernel
 
 NEVER = 2**31 - 1  # evicted_at of a key that is never evicted; padding has 0
-EPOCH = 512  # positions; deaths closer than this are sorted as if they were one
+EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were one
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STAGES = 2  # tiles in flight at once
+LIMIT = 16  # units of rounding by which the kernels may differ from the definition
 
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> Tensor:
@@ -79,7 +75,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
 class Blocks(NamedTuple):
     M: int  # queries in a block
     N: int  # keys in a tile
-    R: int  # queries at a time in the gradient of the keys
+    R: int  # queries in a slice of a block, for the gradient of the keys, which keeps two sums in registers, not one
     num_warps: int
 
 
@@ -105,101 +101,97 @@ class Tiles(NamedTuple):
 
 
 def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
-    """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit.
-
-    epoch: None leaves the keys in position order, to see what sorting is worth.
-    """
-    (M, N, _, _), Tk, last = blocks, evicted_at.shape[-1], q_start + Tq - 1
-    j = torch.arange(Tk, device=evicted_at.device)
-    unseen_BGT = (evicted_at <= j.clamp(min=q_start)) | (j > last)
-    order_BGT = j.expand_as(evicted_at)
+    """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit."""
+    last = q_start + Tq - 1
+    # the last tile is filled up with copies of the last key that no query sees
+    evicted_at_BGK = F.pad(evicted_at, (0, -evicted_at.shape[-1] % blocks.N))
+    j = torch.arange(evicted_at_BGK.shape[-1], device=evicted_at.device)
+    unseen_BGK = (evicted_at_BGK <= j.clamp(min=q_start)) | (j > last)
+    order_BGK = j.expand_as(evicted_at_BGK)
     if epoch is not None:
-        epoch_BGT = (evicted_at.long() + epoch - 1) // epoch
-        # one int64 to sort by: latest epoch first, then position; keys that no query sees come last of all
-        order_BGT = (j - epoch_BGT * Tk).masked_fill(unseen_BGT, Tk).argsort(dim=-1, stable=True)
-    born_BGT = torch.where(unseen_BGT, NEVER, j).gather(-1, order_BGT)
-    dies_BGT = evicted_at.long().masked_fill(unseen_BGT, 0).gather(-1, order_BGT)
-    pads = ((order_BGT, 0), (born_BGT, NEVER), (dies_BGT, 0))
-    order_BGK, born_BGK, dies_BGK = (F.pad(t, (0, -Tk % N), value=fill) for t, fill in pads)
-    born_BGJN, dies_BGJN = born_BGK.unflatten(-1, (-1, N)), dies_BGK.unflatten(-1, (-1, N))
-    first_I1 = q_start + torch.arange(0, Tq, M, device=j.device)[:, None]
-    last_I1 = (first_I1 + M - 1).clamp(max=last)
-    some_BGIJ = (born_BGJN.amin(-1)[:, :, None] <= last_I1) & (dies_BGJN.amax(-1)[:, :, None] > first_I1)
-    full_BGIJ = (born_BGJN.amax(-1)[:, :, None] <= first_I1) & (dies_BGJN.amin(-1)[:, :, None] > last_I1)
-    kind_BGIJ = 2 - some_BGIJ.to(torch.uint8) - full_BGIJ.to(torch.uint8)  # 0 in full, 1 in part, 2 not at all
+        # latest first, keys that no query sees last; a stable sort leaves each epoch in the order of positions
+        epoch_BGK = ((evicted_at_BGK - 1) // epoch).masked_fill(unseen_BGK, -1)
+        order_BGK = epoch_BGK.argsort(dim=-1, descending=True, stable=True)
+    born_BGK = torch.where(unseen_BGK, NEVER, j).int().gather(-1, order_BGK)
+    dies_BGK = evicted_at_BGK.masked_fill(unseen_BGK, 0).gather(-1, order_BGK)
+    # of the keys in each tile, the first and the last to be born and to die: each [B, G, 1, J]
+    born, all_born = born_BGK.unflatten(-1, (1, -1, blocks.N)).aminmax(dim=-1)
+    dies, all_dead = dies_BGK.unflatten(-1, (1, -1, blocks.N)).aminmax(dim=-1)
+    first_I1 = q_start + torch.arange(0, Tq, blocks.M, device=j.device)[:, None]
+    last_I1 = (first_I1 + blocks.M - 1).clamp(max=last)
+    some_BGIJ = (born <= last_I1) & (all_dead > first_I1)
+    full_BGIJ = (all_born <= first_I1) & (dies > last_I1)
+    # 0: visible in full, 1: perhaps in part, 2: not at all
+    kind_BGIJ = torch.where(full_BGIJ, 0, torch.where(some_BGIJ, 1, 2)).byte()
     lists = []
     for kind in (kind_BGIJ, kind_BGIJ.transpose(-1, -2).contiguous()):
         lists.append(kind.argsort(dim=-1, stable=True).int())
         lists.append(torch.stack(((kind == 0).sum(-1), (kind == 1).sum(-1)), dim=-1).int())
-    return Tiles(blocks, q_start, order_BGK, born_BGK.int(), dies_BGK.int(), *lists)
-
-
-# In all three kernels: tensors are contiguous, K and V in sorted order; scores are in units of log 2, because exp2 is
-# what the hardware has, so SCALE is log2(e)/√D; offsets between heads are 64-bit scalars, those within one 32-bit.
+    return Tiles(blocks, q_start, order_BGK.clamp(max=evicted_at.shape[-1] - 1), born_BGK, dies_BGK, *lists)
 
 
 @jit
-def visible(BORN, DIES, i, j):
-    """Pairs of queries i [M] and sorted places j [N] that see one another: [M, N]."""
-    return (tl.load(BORN + j)[None, :] <= i[:, None]) & (i[:, None] < tl.load(DIES + j)[None, :])
+def visible(BORN, DIES, i, N: tl.constexpr):
+    """Pairs of queries i [M] and the N keys of a tile in which the query sees the key: [M, N]."""
+    n = tl.arange(0, N)
+    return (tl.load(BORN + n)[None, :] <= i[:, None]) & (i[:, None] < tl.load(DIES + n)[None, :])
 
 
+# In this and the next two kernels: tensors are contiguous, K and V in sorted order; scores are in units of log 2, since
+# exp2 is what the hardware has, so SCALE is log2(e)/√D; offsets between heads are 64-bit scalars, those within one
+# 32-bit. `shared` is H/G, the number of query heads that share a kv head. The grid is heads by blocks, or by tiles.
 @jit
-def own_block(H, G, I):
-    """This program's block of queries, its place among all query heads (B·H) and among all kv heads (B·G)."""
-    # the longest rows first, so that no long one is left over when the others are done
-    heads = tl.num_programs(0) // I
-    block, bh = I - 1 - tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    return block, bh, bh // H * G + bh % H // (H // G)
-
-
-@jit
-def forward_kernel(
-    Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, SCALE, q_start, H, G, Tq, I, J,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def forward_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE,
+                   SCALE, q_start, shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
-    block, bh, bg = own_block(H, G, I)
-    row, d, n = block * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
-    at, inside = row[:, None] * D + d, row[:, None] < Tq
+    bh = tl.program_id(0).to(tl.int64)
+    bg = bh // shared
+    # the longest rows first, so that no long one is left over when the others are done
+    block = I - 1 - tl.program_id(1)
+    row = block * M + tl.arange(0, M)
+    inside = row[:, None] < Tq
+    at = row[:, None] * D + tl.arange(0, D)
+    at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]
-    top = tl.full([M], -float("inf"), tl.float32)  # largest score so far
+    top = tl.full([M], -3e38, tl.float32)  # largest score so far; finite: a row that sees nothing subtracts it
     total = tl.zeros([M], tl.float32)  # Σ exp2(score - top)
     out = tl.zeros([M, D], tl.float32)
     LIST += (bg * I + block) * J
     COUNT += (bg * I + block) * 2
     full = tl.load(COUNT)
-    # first the tiles that are visible in full, then, with masks, those that are in part
+    # first the tiles that are visible in full, then, with the mask, those that are visible in part
     for masked in tl.static_range(2):
-        for step in range(full * masked, full + tl.load(COUNT + 1) * masked):
+        begin = full if masked else 0
+        end = full + tl.load(COUNT + 1) if masked else full
+        for step in range(begin, end):
             first = (bg * J + tl.load(LIST + step)) * N
-            k = tl.load(K + first * D + (n[:, None] * D + d))  # [N, D]
+            k = tl.load(K + first * D + at_key)  # [N, D]
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + first, DIES + first, q_start + row, n), score, -float("inf"))
+                score = tl.where(visible(BORN + first, DIES + first, q_start + row, N), score, -float("inf"))
             new = tl.maximum(top, tl.max(score, 1))
-            # a row that has seen nothing yet has no largest score to subtract
-            base = tl.where(new == -float("inf"), 0.0, new) if masked else new
-            weight, shrink = tl.exp2(score - base[:, None]), tl.exp2(top - base)
-            v = tl.load(V + first * D + (n[:, None] * D + d))
+            weight = tl.exp2(score - new[:, None])
+            shrink = tl.exp2(top - new)
+            v = tl.load(V + first * D + at_key)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             total = total * shrink + tl.sum(weight, 1)
             top = new
-    # a row that saw nothing: out = 0, and an lse that harms nobody
-    top, total = tl.where(total == 0.0, 0.0, top), tl.where(total == 0.0, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: out = 0
     tl.store(OUT + bh * Tq * D + at, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
     tl.store(LSE + bh * Tq + row, top + tl.log2(total), mask=row < Tq)
 
 
 @jit
-def query_gradient_kernel(
-    Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start, H, G, Tq, I, J,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def query_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start, shared,
+                          Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: δ_i, for the next kernel, and dq_i."""
-    block, bh, bg = own_block(H, G, I)
-    row, d, n = block * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
-    at, inside = row[:, None] * D + d, row[:, None] < Tq
+    bh = tl.program_id(0).to(tl.int64)
+    bg = bh // shared
+    block = I - 1 - tl.program_id(1)
+    row = block * M + tl.arange(0, M)
+    inside = row[:, None] < Tq
+    at = row[:, None] * D + tl.arange(0, D)
+    at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
     out = tl.load(OUT + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]
     do = tl.load(DOUT + bh * Tq * D + at, mask=inside, other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -211,13 +203,15 @@ def query_gradient_kernel(
     COUNT += (bg * I + block) * 2
     full = tl.load(COUNT)
     for masked in tl.static_range(2):
-        for step in range(full * masked, full + tl.load(COUNT + 1) * masked):
+        begin = full if masked else 0
+        end = full + tl.load(COUNT + 1) if masked else full
+        for step in range(begin, end):
             first = (bg * J + tl.load(LIST + step)) * N
-            k = tl.load(K + first * D + (n[:, None] * D + d))  # [N, D]
-            v = tl.load(V + first * D + (n[:, None] * D + d))
+            k = tl.load(K + first * D + at_key)  # [N, D]
+            v = tl.load(V + first * D + at_key)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + first, DIES + first, q_start + row, n), score, -float("inf"))
+                score = tl.where(visible(BORN + first, DIES + first, q_start + row, N), score, -float("inf"))
             p = tl.exp2(score - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -225,107 +219,96 @@ def query_gradient_kernel(
 
 
 @jit
-def key_gradient_kernel(
-    Q, K, V, BORN, DIES, LIST, COUNT, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start, H, G, Tq, I, J,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys of one kv head: dk_j and dv_j over all query heads that share it; one writer, no atomics.
-
-    Two sums stay in registers here instead of one, so a block of M queries is taken in slices of R.
-    """
-    groups = tl.num_programs(0) // J
-    tile, bg = tl.program_id(0) // groups, (tl.program_id(0) % groups).to(tl.int64)
-    d, r, n = tl.arange(0, D), tl.arange(0, R), tl.arange(0, N)
-    first, at = (bg * J + tile) * N, n[:, None] * D + d
-    k, v = tl.load(K + first * D + at), tl.load(V + first * D + at)  # [N, D]
+def key_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start, shared,
+                        Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """One tile of keys of one kv head: dk_j and dv_j over all query heads that share it; one writer, no atomics."""
+    bg = tl.program_id(0).to(tl.int64)
+    tile = bg * J + tl.program_id(1)  # among those of all kv heads
+    first = tile * N
+    r = tl.arange(0, R)
+    at = r[:, None] * D + tl.arange(0, D)
+    at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
+    k, v = tl.load(K + first * D + at_key), tl.load(V + first * D + at_key)  # [N, D]
     dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    LIST += (bg * J + tile) * I
-    COUNT += (bg * J + tile) * 2
+    LIST += tile * I
+    COUNT += tile * 2
     full = tl.load(COUNT)
-    for head in range(H // G):
-        bh = bg * (H // G) + head
+    slices: tl.constexpr = M // R  # of a block
+    for head in range(shared):
+        bh = bg * shared + head
         for masked in tl.static_range(2):
-            for step in range(full * masked * (M // R), (full + tl.load(COUNT + 1) * masked) * (M // R)):
-                start = tl.load(LIST + step // (M // R)) * M + step % (M // R) * R
-                past, inside = bh * Tq + start, r < Tq - start
-                q = tl.load(Q + past * D + (r[:, None] * D + d), mask=inside[:, None], other=0.0)  # [R, D]
-                do = tl.load(DOUT + past * D + (r[:, None] * D + d), mask=inside[:, None], other=0.0)
+            begin = full if masked else 0
+            end = full + tl.load(COUNT + 1) if masked else full
+            # one loop over the slices of all blocks, because only the innermost loop loads ahead
+            for step in range(begin * slices, end * slices):
+                block = tl.load(LIST + step // slices)
+                start = block * M + step % slices * R
+                past = bh * Tq + start
+                inside = r < Tq - start
+                q = tl.load(Q + past * D + at, mask=inside[:, None], other=0.0)  # [R, D]
+                do = tl.load(DOUT + past * D + at, mask=inside[:, None], other=0.0)
                 lse = tl.load(LSE + past + r, mask=inside, other=0.0)
                 delta = tl.load(DELTA + past + r, mask=inside, other=0.0)
                 score = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [N, R]
+                if masked:
+                    seen = tl.trans(visible(BORN + first, DIES + first, q_start + start + r, N))
+                    score = tl.where(seen, score, -float("inf"))
                 # rows past the end have p = 1 or 0, but do = δ = 0: they add nothing
                 p = tl.exp2(score - lse[None, :])
-                if masked:
-                    p = tl.where(tl.trans(visible(BORN + first, DIES + first, q_start + start + r, n)), p, 0.0)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(DK + first * D + at, (dk * scale).to(DK.dtype.element_ty))
-    tl.store(DV + first * D + at, dv.to(DV.dtype.element_ty))
+    tl.store(DK + first * D + at_key, (dk * scale).to(DK.dtype.element_ty))
+    tl.store(DV + first * D + at_key, dv.to(DV.dtype.element_ty))
 
 
-KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STAGES = 2  # tiles in flight at once
-
-
-def launch(kernel, programs: int, *args, tiles: Tiles) -> None:
-    (M, N, R, num_warps), q = tiles.blocks, args[0]
-    sizes = dict(M=M, N=N, D=q.shape[-1]) | (dict(R=R) if kernel is key_gradient_kernel else {})
-    if programs:
-        with torch.cuda.device_of(q):  # triton launches on the current device
-            kernel[(programs,)](*args, **sizes, num_warps=num_warps, num_stages=STAGES)
+def launch(kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others) -> None:
+    H, Tq, D = q.shape[1:]
+    B, G, I, J = tiles.tile_BGIJ.shape
+    M, N, R, num_warps = tiles.blocks
+    sizes = dict(M=M, N=N, D=D)
+    grid, lists = (B * H, I), (tiles.tile_BGIJ, tiles.tiles_BGI2)
+    if kernel is key_gradient_kernel:
+        sizes["R"] = R
+        grid, lists = (B * G, J), (tiles.block_BGJI, tiles.blocks_BGJ2)
+    args = q, k, v, tiles.born_BGK, tiles.dies_BGK, *lists, *others, tiles.q_start, H // G, Tq, I, J
+    with torch.cuda.device_of(q):  # triton launches on the current device
+        kernel[grid](*args, **sizes, num_warps=num_warps, num_stages=STAGES)
 
 
 class TritonAttention(torch.autograd.Function):
-    """out = apply(q, k, v, tiles, scale): q (B, H, Tq, D), k and v (B, G, Tk, D), D a power of two."""
-
-    @staticmethod
-    def in_order(x_BGTD: Tensor, tiles: Tiles) -> Tensor:
-        return x_BGTD.gather(2, tiles.order_BGK[..., None].expand(-1, -1, -1, x_BGTD.shape[-1]))
-
-    @staticmethod
-    def in_place(x_BGKD: Tensor, tiles: Tiles, Tk: int) -> Tensor:
-        index = tiles.order_BGK[:, :, :Tk, None].expand(-1, -1, -1, x_BGKD.shape[-1])
-        return torch.empty_like(x_BGKD[:, :, :Tk]).scatter_(2, index, x_BGKD[:, :, :Tk])
+    """out = apply(q, k, v, tiles, scale): contiguous q (B, H, Tq, D) and sorted k, v (B, G, K, D), D a power of two."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
-        q = q.contiguous()
-        (B, H, Tq, _), G, (I, J) = q.shape, k.shape[1], tiles.tile_BGIJ.shape[-2:]
-        out, lse = torch.empty_like(q), q.new_empty(B, H, Tq, dtype=torch.float32)
-        ordered = [TritonAttention.in_order(t, tiles) for t in (k, v)]
-        mask = tiles.born_BGK, tiles.dies_BGK, tiles.tile_BGIJ, tiles.tiles_BGI2
-        numbers = scale / math.log(2), tiles.q_start, H, G, Tq, I, J
-        launch(forward_kernel, B * H * I, q, *ordered, *mask, out, lse, *numbers, tiles=tiles)
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.tiles = tiles
+        ctx.scales = scale / math.log(2), scale
+        launch(forward_kernel, q, k, v, tiles, out, lse, ctx.scales[0])
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.scale = tiles, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do: Tensor) -> tuple:
-        (q, k, v, out, lse), tiles, do = ctx.saved_tensors, ctx.tiles, do.contiguous()
-        (B, H, Tq, _), (_, G, Tk, _), (I, J) = q.shape, k.shape, tiles.tile_BGIJ.shape[-2:]
-        dq, delta = torch.empty_like(q), torch.empty_like(lse)
-        k, v = (TritonAttention.in_order(t, tiles) for t in (k, v))
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        keys = q, k, v, tiles.born_BGK, tiles.dies_BGK
-        numbers = ctx.scale / math.log(2), ctx.scale, tiles.q_start, H, G, Tq, I, J
-        lists = tiles.tile_BGIJ, tiles.tiles_BGI2, out, lse, do, delta, dq
-        launch(query_gradient_kernel, B * H * I, *keys, *lists, *numbers, tiles=tiles)
-        lists = tiles.block_BGJI, tiles.blocks_BGJ2, lse, do, delta, dk, dv
-        launch(key_gradient_kernel, B * G * J, *keys, *lists, *numbers, tiles=tiles)
-        return dq, *(TritonAttention.in_place(t, tiles, Tk) for t in (dk, dv)), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        do = do.contiguous()
+        dq, dk, dv, delta = (torch.empty_like(t) for t in (q, k, v, lse))
+        launch(query_gradient_kernel, q, k, v, ctx.tiles, out, lse, do, delta, dq, *ctx.scales)
+        launch(key_gradient_kernel, q, k, v, ctx.tiles, lse, do, delta, dk, dv, *ctx.scales)
+        return dq, dk, dv, None, None
 
 
 def tiles_for(q: Tensor, evicted_at: Tensor, q_start: int) -> Tiles:
     """`list_tiles` with the blocks that suit q's device and type, and no larger than the tensors."""
+    Tq, D = q.shape[2:]
     roomy = q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin > 200_000
-    *largest, num_warps = block_sizes(q.dtype, q.shape[-1], roomy)
-    lengths = q.shape[2], evicted_at.shape[2], q.shape[2]
-    M, N, R = (min(size, max(16, triton.next_power_of_2(T))) for size, T in zip(largest, lengths, strict=True))
-    return list_tiles(evicted_at, q_start, q.shape[2], Blocks(M, N, R, num_warps))
+    M, N, R, num_warps = block_sizes(q.dtype, D, roomy)
+    # triton multiplies matrices of 16 rows or more, in powers of two
+    queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, evicted_at.shape[2]))
+    blocks = Blocks(min(M, queries), min(N, keys), min(R, queries), num_warps)
+    return list_tiles(evicted_at, q_start, Tq, blocks)
 
 
 def attention_triton(
@@ -334,24 +317,22 @@ def attention_triton(
     """`attention_torch` at a cost that follows the visible pairs; accumulates in float32. `tiles`: listed before."""
     D = q.shape[-1]
     if q.dtype not in DTYPES:
-        names = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
-        raise ValueError(f"backend 'triton' takes {names}, got {q.dtype}; take 'torch'")
+        raise ValueError(f"backend 'triton' takes float32, bfloat16, float16, got {q.dtype}; take 'torch'")
     if D > 128:
         raise ValueError(f"backend 'triton' takes head dims up to 128, got {D}; take 'torch'")
     tiles = tiles or tiles_for(q, evicted_at, q_start)
+    k, v = (t.take_along_dim(tiles.order_BGK[..., None], dim=2) for t in (k, v))
     if pad := max(16, triton.next_power_of_2(D)) - D:
         q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))  # zeros add nothing to a score
-    return TritonAttention.apply(q, k, v, tiles, D**-0.5)[..., :D]
+    return TritonAttention.apply(q.contiguous(), k, v, tiles, D**-0.5)[..., :D]
 
 
+KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
 BACKENDS = {"torch": attention_torch, "triton": attention_triton}
 
 
 def backend_for(device: str, backend: str | None) -> str:
-    """The backend in use on a device: the one asked for, or Triton on CUDA and PyTorch elsewhere.
-
-    Raises ValueError where the one asked for is unknown or cannot run there.
-    """
+    """The backend asked for, ValueError if it cannot run on the device; by default Triton on CUDA, else PyTorch."""
     if backend is None:
         return "triton" if device == "cuda" and triton is not None else "torch"
     if backend not in BACKENDS:
@@ -359,10 +340,8 @@ def backend_for(device: str, backend: str | None) -> str:
     if backend == "triton" and triton is None:
         raise ValueError("backend 'triton' needs the package triton, which is there for Linux only; take 'torch'")
     if backend == "triton" and device != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, got {device}; for the interpreter set TRITON_INTERPRET=1 before "
-            "Python starts, or take 'torch'"
-        )
+        how = "for the interpreter set TRITON_INTERPRET=1 before Python starts, or take 'torch'"
+        raise ValueError(f"backend 'triton' needs CUDA tensors, got {device}; {how}")
     return backend
 
 
@@ -377,14 +356,9 @@ def shadow_attention(
     Raises ValueError where shapes, dtypes or devices do not fit together, or the backend cannot take them.
     """
     tensors = dict(q=q, k=k, v=v, evicted_at=evicted_at)
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-    if (
-        q.ndim != 4
-        or k.ndim != 4
-        or k.shape[::3] != q.shape[::3]
-        or v.shape != k.shape
-        or evicted_at.shape != k.shape[:3]
-    ):
+    same_keys = v.shape == k.shape and evicted_at.shape == k.shape[:3]
+    if not (q.ndim == k.ndim == 4 and q.shape[::3] == k.shape[::3] and same_keys):
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
         raise ValueError(f"shapes do not fit: {shapes}; want (B, H, Tq, D), twice (B, G, Tk, D), and (B, G, Tk)")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
@@ -399,171 +373,27 @@ def shadow_attention(
     return BACKENDS[backend_for(q.device.type, backend)](q, k, v, evicted_at, q_start)
 
 
-def compressed_once(T: int, kept: float, seed: int) -> Tensor:
-    """evicted_at (T,) of a prompt of 7/8 T of which a random share survives, and of a response that stays."""
-    P, generator = T * 7 // 8, torch.Generator().manual_seed(seed)
-    evicted_at = torch.full((T,), NEVER, dtype=torch.int32)
-    evicted_at[torch.randperm(P, generator=generator)[round(P * kept) :]] = P
-    return evicted_at
-
-
-def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
-    """evicted_at (T,) where every `interval` tokens random victims leave `budget` keys: the worst case for sorting."""
-    generator, live = torch.Generator().manual_seed(seed), torch.arange(0)
-    evicted_at = torch.full((T,), NEVER, dtype=torch.int32)
-    for now in range(interval, T, interval):
-        live = torch.cat((live, torch.arange(now - interval, now)))
-        shuffled = live[torch.randperm(len(live), generator=generator)]
-        live, evicted_at[shuffled[budget:]] = shuffled[:budget], now
-    return evicted_at
-
-
-def visible_pairs(evicted_at: Tensor, q_start: int, Tq: int) -> int:
-    """(query, key) pairs in which the key is visible, over all sequences and kv heads."""
-    first = torch.arange(evicted_at.shape[-1], device=evicted_at.device).clamp(min=q_start)
-    return (evicted_at.clamp(max=q_start + Tq) - first).clamp(min=0).sum().item()
-
-
-def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> float:
-    """Area of the tiles that are visited over visible pairs: 1 would be a kernel that wastes nothing."""
-    visited = list_tiles(evicted_at, q_start, Tq, blocks, epoch).tiles_BGI2.sum().item()
-    return visited * blocks.M * blocks.N / visible_pairs(evicted_at, q_start, Tq)
-
-
-PATTERNS = {
-    f"{kept:.0%} kept": lambda T, seed, kept=kept: compressed_once(T, kept, seed) for kept in (1, 0.5, 0.25, 0.1)
-}
-PATTERNS["rolling"] = lambda T, seed: rolling(T, 1024, 128, seed)
-
-
-def check(device: str) -> dict:
-    """Largest error of the kernels against `attention_torch`, in units of rounding of the largest value."""
-    errors, types, T = {}, *((DTYPES, 1000) if device == "cuda" else ((torch.float32, torch.float16), 100))
-    for dtype, D, q_start in itertools.product(types, (64, 128), (0, T * 7 // 8)):
+def check(device: str) -> dict[str, float]:
+    """Print the largest error of the kernels beside `attention_torch`, in units of rounding of the largest value."""
+    # under the interpreter the product of two bfloat16 matrices is wrong
+    types, T = (DTYPES, 1000) if device == "cuda" else ((torch.float32, torch.float16), 100)
+    P = T * 7 // 8
+    # of the first P keys a random third survives an eviction at P
+    evicted = (torch.arange(T) < P) & (torch.rand(2, 2, T) > 1 / 3)
+    record = torch.where(evicted, P, NEVER).int().to(device)
+    errors = {}
+    for dtype, D, q_start in itertools.product(types, (64, 128), (0, P)):
         shapes = (2, 4, T - q_start, D), (2, 2, T, D), (2, 2, T, D), (2, 4, T - q_start, D)
         *qkv, do = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
-        record = torch.stack([compressed_once(T, 0.3, seed) for seed in range(4)]).view(2, 2, T).to(device)
         outs = [shadow_attention(*qkv, record, q_start, backend) for backend in ("triton", "torch")]
-        pairs = zip(*((out, *torch.autograd.grad(out, qkv, do)) for out in outs), strict=True)
-        worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()  # NaN is the largest
-        errors[f"{dtype}, D = {D}, q_start = {q_start}"] = worst / torch.finfo(dtype).eps
+        ours, theirs = ((out, *torch.autograd.grad(out, qkv, do)) for out in outs)
+        worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
+        name = f"{dtype}, D = {D}, q_start = {q_start}"
+        errors[name] = worst.item() / torch.finfo(dtype).eps  # NaN if any is
+        print(f"{name:39} error {errors[name]:4.1f} eps: {'ok' if errors[name] < LIMIT else 'WRONG'}")
     return errors
 
 
-def milliseconds(run, device: str) -> float:
-    """Median of several runs after warm-up: device time with a cold L2 cache, or wall time on the CPU."""
-    if device == "cuda":
-        return triton.testing.do_bench(run, return_mode="median")
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
-
-
-def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict:
-    """Name -> what prepares all that the record alone decides, and returns the attention to be timed."""
-    from torch.nn.attention import SDPBackend, bias, flex_attention, sdpa_kernel
-
-    (_, H, Tq, _), T = q.shape, k.shape[2]
-    by_head = evicted_at.repeat_interleave(H // k.shape[1], dim=1)
-    causal = dict(is_causal=True) if q_start == 0 else dict(attn_mask=bias.causal_lower_right(Tq, T))
-
-    def sdpa(**mask) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
-
-    def flash() -> Tensor:  # causal and blind to eviction: what the hardware can do
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return sdpa(**causal)
-
-    def mask():
-        i, j = (torch.arange(first, T, device=q.device) for first in (q_start, 0))
-        visible_BHqT = (j <= i[:, None]) & (i[:, None] < by_head[:, :, None])
-        return lambda: sdpa(attn_mask=visible_BHqT)
-
-    def seen(b, h, i, j):
-        return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
-
-    flexible = flex_attention.create_block_mask, flex_attention.flex_attention
-    listed, attention = (torch.compile(f, dynamic=False) for f in flexible)  # its faster kernels want static shapes
-
-    def flex():
-        block_mask = listed(seen, 1, H, Tq, T, device=q.device)
-        return lambda: attention(q, k, v, block_mask=block_mask, enable_gqa=True)
-
-    def ours():
-        tiles = tiles_for(q, evicted_at, q_start)
-        return lambda: attention_triton(q, k, v, evicted_at, q_start, tiles)
-
-    if q.is_cuda:
-        return dict(ours=ours, flash=lambda: flash, mask=mask, flex=flex)
-    return dict(
-        torch=lambda: partial(attention_torch, q, k, v, evicted_at, q_start), dense=lambda: partial(sdpa, **causal)
-    )
-
-
-def measure(prepare, qkv: list[Tensor], pairs: int) -> dict:
-    """Milliseconds to prepare, forward, and forward + backward; TFLOP/s on visible pairs; peak MiB on CUDA."""
-    device, row = qkv[0].device.type, {}
-    held = torch.cuda.memory_allocated() if device == "cuda" else 0
-    try:
-        attention = prepare()
-        do = torch.randn_like(attention())
-        row = dict(prepare=milliseconds(prepare, device), forward=milliseconds(attention, device))
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row["both"] = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do), device)
-        if device == "cuda":
-            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20  # with what was prepared
-        # two products of matrices forward and five backward, 2 D operations for a pair in each
-        for name, products in (("forward", 2), ("both", 7)):
-            row[f"tflops_{name}"] = products * 2 * do.shape[-1] * pairs / row[name] / 1e9
-    except Exception as e:  # a cell that cannot be had says why
-        row["error"] = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).splitlines()[0][:80]
-    return row
-
-
-def main() -> int:
-    device, H, G, ratios, times = "cuda" if torch.cuda.is_available() else "cpu", 16, 4, [], []
-    torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
-    errors = check(device)
-    for name, error in errors.items():
-        print(f"{name:39} error {error:4.1f} eps: {'ok' if error < 16 else 'WRONG'}")
-    orders = {"position": None, "time of death": 1, f"epoch of {EPOCH}": EPOCH}
-    print("\narea of the tiles of 128 x 64 over visible pairs, in all rows and in the response's, by order of the keys")
-    print(f"{'T':>6} {'pattern':9}" + "".join(f"{order:>16}" for order in orders))
-    for T, pattern in itertools.product((2048, 8192, 32768), PATTERNS):
-        record, blocks = PATTERNS[pattern](T, 0)[None, None], block_sizes(torch.bfloat16, 64, True)
-        parts = (0, T), (T * 7 // 8, T // 8)
-        found = {name: [tile_ratio(record, *rows, blocks, epoch) for rows in parts] for name, epoch in orders.items()}
-        print(f"{T:6} {pattern:9}" + "".join(f"{a:11.2f} {b:.2f}" for a, b in found.values()))
-        ratios.append(dict(T=T, pattern=pattern) | found)
-    cuda = itertools.product((64, 128), (2048, 8192, 32768), (0, 7), PATTERNS), torch.bfloat16
-    # the plain version does the same work whatever is evicted
-    shapes, dtype = (
-        cuda if device == "cuda" else (itertools.product((64,), (512, 1024), (0, 7), ["25% kept"]), torch.float32)
-    )
-    print(
-        f"\nB = 1, H = {H}, G = {G}, {dtype}: ms forward, forward + backward (prepare; TFLOP/s on visible pairs; MiB)"
-    )
-    for D, T, eighths, pattern in shapes:
-        q_start = T * eighths // 8
-        record = torch.stack([PATTERNS[pattern](T, seed) for seed in range(G)])[None].to(device)
-        sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
-        qkv = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
-        pairs, line = visible_pairs(record, q_start, T - q_start) * H // G, f"D={D:<3} T={T:<5} {pattern:8} "
-        line += "response" if q_start else "all rows"
-        for name, prepare in contenders(*qkv, record, q_start).items():
-            row = measure(prepare, qkv, pairs)
-            cell = "{forward:.2f}, {both:.2f} ({prepare:.1f}; {tflops_forward:.2f}, {tflops_both:.2f}; {mib:.0f})"
-            line += f" | {name} " + (row.get("error") or cell.format(**{"mib": math.nan} | row))
-            times.append(dict(name=name, D=D, T=T, q_start=q_start, pattern=pattern) | row)
-        print(line, flush=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(json.dumps(dict(device=name, torch=torch.__version__, errors=errors, tile_ratios=ratios, times=times)))
-    return int(not all(error < 16 for error in errors.values()))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    errors = check("cuda" if torch.cuda.is_available() else "cpu")
+    raise SystemExit(not all(error < LIMIT for error in errors.values()))
