@@ -25,6 +25,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as smd.py does, and why is said there
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -34,12 +37,16 @@ if not torch.cuda.is_available():
 
 import kernel
 import smd
+from experiments import kernels
+from experiments.enumerated import World, distance, gradient
+from harness import cli, report, runs, tasks, text
 from kernel import NEVER, shadow_attention
 from smd import Eviction, Settings
-from tiny_model import ModelConfig, TinyModel, padding_record
+from tiny_model import ModelConfig, TinyModel, never_evicted
 
 EOS = 19
-POLICIES = list(smd.POLICIES)
+HERE = Path(__file__).parent
+POLICIES = list(smd.EVICTIONS)
 
 
 def small_model(dtype=torch.float64, seed=0, **changes) -> TinyModel:
@@ -55,7 +62,7 @@ def small_model(dtype=torch.float64, seed=0, **changes) -> TinyModel:
 def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(EOS, (n,), generator=generator).tolist() for n in lengths]
-    return smd.pad_left(rows, EOS, "cpu")
+    return text.pad_left(rows, EOS, "cpu")
 
 
 def ragged_rollout(model, policy="snapkv", samples=3, max_new=14, budget=8, lengths=(17, 9, 30, 12), seed=0):
@@ -64,13 +71,8 @@ def ragged_rollout(model, policy="snapkv", samples=3, max_new=14, budget=8, leng
     return smd.sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, generator)
 
 
-def replayed_logp(model, rollout, record) -> torch.Tensor:
-    logits = model.logits(smd.replay(model, rollout, smd.encode_prompts(model, rollout), record))
-    return smd.token_logp(logits, rollout.response_BR[rollout.mask_BR])
-
-
-def grads(loss, model) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+def replayed_logp(model, rollout, evicted_at) -> torch.Tensor:
+    return rollout.logp(model.logits(smd.replay(model, rollout, evicted_at)[0]))[rollout.mask_BR]
 
 
 def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
@@ -94,7 +96,7 @@ def test_0_weights_of_the_family_load_by_name_and_give_the_same_logits(family, b
     ours = small_model(qkv_bias=bias, tied=False)
     ours.load_state_dict({name.removeprefix("model."): w for name, w in theirs.state_dict().items()})
     tokens, pad = torch.randint(20, (3, 17)), torch.zeros(3, dtype=torch.long)
-    hidden = ours(tokens, pad, padding_record(pad, 17).expand(2, -1, 2, -1))
+    hidden = ours(tokens, pad, never_evicted(pad, 17).expand(2, -1, 2, -1))
     compare("logits", ours.logits(hidden), theirs(tokens).logits, 1e-6)  # their rotary angles are in float32
 
 
@@ -149,9 +151,8 @@ def oracle_logp(model, prompt: list[int], response: list[int], evicted_at_LGT, p
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_1_replay_equals_the_sampler(policy, dtype, tolerance, monkeypatch):
+def test_1_replay_equals_the_sampler(policy, dtype, tolerance):
     """Would catch a mask rebuilt by another rule, a head or layer mixed up, padding or RoPE off by one."""
-    monkeypatch.setitem(smd.SCRATCH, "cpu", 2**11)  # several parts, the last one smaller, as in a long decode
     model = small_model(dtype)
     rollout = ragged_rollout(model, policy)
     lengths = rollout.length_B.tolist()
@@ -169,7 +170,7 @@ def test_1_replay_equals_the_sampler(policy, dtype, tolerance, monkeypatch):
         compare(f"oracle, sequence {b}", rollout.logp_BR[b, : lengths[b]], logp, tolerance)
 
     # negative controls: the dense learner, and the record shifted by one query either way
-    assert (replayed_logp(model, rollout, rollout.dense_LBGT) - drawn).abs().max() > 1e-2
+    assert (replayed_logp(model, rollout, rollout.never_evicted_LBGT) - drawn).abs().max() > 1e-2
     evicted = (rollout.evicted_at_LBGT > 0) & (rollout.evicted_at_LBGT < NEVER)
     for shift in (-1, 1):
         shifted = rollout.evicted_at_LBGT + shift * evicted.int()
@@ -296,17 +297,18 @@ def test_2_bad_input_is_named():
 
 
 def loss_settings(**changes) -> Settings:
-    return Settings(**dict(max_new=14, lam=0.1, clip=0.2) | changes)
+    return Settings(**dict(max_new=14, lam=0.1) | changes)
 
 
 def learner(model, rollout, method, **changes):
     """Loss and gradient of a method, with an arbitrary but fixed advantage."""
-    s, policy = loss_settings(method=method, **changes), smd.Policy(model, loss_settings(method=method, **changes))
+    s = loss_settings(method=method, **changes)
+    policy = smd.Policy(model, s)
     advantage = torch.linspace(-1, 1, len(rollout.response_BR)).to(rollout.logp_BR)
     batch = smd.prepare(policy, rollout, torch.zeros_like(advantage), s)
     batch = dataclasses.replace(batch, advantage_BR=advantage[:, None].expand_as(rollout.logp_BR))
     loss, figures = smd.learner_loss(policy, batch, s)
-    return loss, grads(loss, model), figures
+    return loss, gradient(loss, model), figures
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -318,14 +320,16 @@ def test_3_a_budget_that_holds_everything_is_the_dense_model(policy):
         tokens = torch.cat((rollout.prompt_NP.repeat_interleave(3, 0), rollout.response_BR[:, :-1]), 1)
         with torch.no_grad():
             pad = rollout.pad_N.repeat_interleave(3)
-            nothing_evicted = padding_record(pad, tokens.shape[1]).expand(2, -1, 2, -1)
+            nothing_evicted = never_evicted(pad, tokens.shape[1]).expand(2, -1, 2, -1)
             logits = model.logits(model(tokens, pad, nothing_evicted)[:, P - 1 :][mask])
         dense = smd.token_logp(logits, rollout.response_BR[mask])
         assert torch.allclose(rollout.logp_BR[mask], dense, rtol=0, atol=1e-12) == same
         shadow, plain = learner(model, rollout, "smd", lam=0.0), learner(model, rollout, "dense")
         assert torch.allclose(shadow[1], plain[1], rtol=1e-10, atol=1e-12) == same
         if same:
-            assert (rollout.evicted_at_LBGT[:, mask.any(1)] % NEVER == 0).all() and rollout.kept_share() == 1.0
+            assert (rollout.evicted_at_LBGT[:, mask.any(1)] % NEVER == 0).all() and report.of_rollout(rollout)[
+                "visible_share"
+            ] == 1.0
             assert abs(shadow[0] - plain[0]) < 1e-12
 
 
@@ -368,7 +372,7 @@ def test_4_the_cache_holds_budget_plus_interval_entries(policy, monkeypatch):
 
 def test_4_no_full_layer_of_keys_survives_the_prefill(monkeypatch):
     """Would catch an eviction that only masks: while decoding, no tensor of keys as long as the prompt is alive."""
-    model, prompts = small_model(), smd.pad_left([[1 + i % 17 for i in range(400)]] * 2, EOS, "cpu")
+    model, prompts = small_model(), text.pad_left([[1 + i % 17 for i in range(400)]] * 2, EOS, "cpu")
     largest, decode = [], smd.Cache.decode
 
     def watched(cache, *args):
@@ -388,18 +392,18 @@ def test_4_no_full_layer_of_keys_survives_the_prefill(monkeypatch):
 # Lemma 5: policies, on cases small enough to work out by hand
 
 
-def entries(k=None, pad=0, K=8, policy="streaming", q=None, q_column=(), received=None, keep=4, **eviction):
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def entries(k=None, pad=0, K=8, policy="streaming", q=None, received=None, keep=4, **eviction):
     """One sequence, one kv head with as many query heads as q has, K keys in columns 0 to K - 1."""
     k = torch.zeros(1, 1, K, 2, dtype=torch.float64) if k is None else torch.tensor(k, dtype=torch.float64)[None, None]
     q = torch.zeros(1, 1, 0, 2, dtype=torch.float64) if q is None else torch.tensor(q, dtype=torch.float64)[None]
     K, column = k.shape[2], torch.arange(k.shape[2])[None, None]
-    generator = torch.Generator().manual_seed(0)
-    cache = smd.Cache(small_model(), torch.tensor([0]), 1, K, 1, Eviction(policy, keep, **eviction), generator, None)
     received = None if received is None else torch.tensor([[received]], dtype=torch.float64)
-    window = torch.tensor(q_column, dtype=torch.long)
-    return smd.Entries(
-        cache, k, k, column, column >= pad, received, q, window, torch.tensor([pad]), torch.tensor([keep]), now=K
-    )
+    eviction = Eviction(policy, keep, **eviction)
+    limits = torch.tensor([pad]), torch.tensor([keep])
+    return smd.Entries(eviction, GENERATOR, k, k, column, column >= pad, received, q, *limits, now=K)
 
 
 def kept(e) -> list[int]:
@@ -427,7 +431,7 @@ def test_5_h2o_splits_the_budget_between_the_latest_and_the_most_attended():
 def test_5_tova_follows_the_last_query_and_keeps_the_last_key():
     k = [[2, 0], [0, 0], [1, 0], [0, 2], [0, 0], [-1, -1]]
     # head 0 looks for the first component, head 1 for the second: their mean favours keys 0 and 3
-    e = entries(k, policy="tova", q=[[[4, 0]], [[0, 4]]], q_column=[5], keep=3)
+    e = entries(k, policy="tova", q=[[[4, 0]], [[0, 4]]], keep=3)
     assert kept(e) == [0, 3, 5]
     weight = (torch.tensor([[2, 0, 1, 0, 0, -1], [0, 0, 0, 2, 0, -1]], dtype=torch.float64) * 4 / 2**0.5).softmax(-1)
     compare("tova score", smd.tova(e)[0, 0, :-1], weight.mean(0)[:-1], 1e-15)
@@ -435,7 +439,7 @@ def test_5_tova_follows_the_last_query_and_keeps_the_last_key():
 
 def test_5_snapkv_pools_what_the_window_attends_to():
     k = [[0, 0], [0, 0], [0, 0], [6, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
-    e = entries(k, policy="snapkv", q=[[[4, 0], [4, 0]]], q_column=[9, 8], keep=7, window=2, sinks=1)
+    e = entries(k, policy="snapkv", q=[[[4, 0], [4, 0]]], keep=7, window=2, sinks=1)
     # key 3 lifts its neighbours 1, 2, 4 and 5, but what is beyond the edge counts as zero in the mean around 1
     assert kept(e) == [0, 2, 3, 4, 5, 8, 9]
     hot = math.exp(24 / 2**0.5)
@@ -448,7 +452,7 @@ def test_5_snapkv_pools_what_the_window_attends_to():
 def test_5_rkv_drops_the_older_of_two_like_keys():
     """Importance is equal throughout (the query is zero), so redundancy alone decides."""
     k = [[1, 0], [0, 1], [1, 0.01], [-1, 0], [1, 0.02], [0, -1]]
-    e = entries(k, policy="rkv", q=[[[0, 0]]], q_column=[5], keep=5, window=1)
+    e = entries(k, policy="rkv", q=[[[0, 0]]], keep=5, window=1)
     # 0, 2 and 4 are alike, and for each the last of the other two is forgiven: of columns 0, 2, 4 only 4 (by 0 and 2)
     # and 2 (by 4) are; column 0 keeps both counts against it
     assert kept(e) == [1, 2, 3, 4, 5]
@@ -512,15 +516,15 @@ def test_7_track_2_sends_no_gradient_into_the_shadow_logits():
 
     def kl(target_model):
         shadow, dense = (
-            m.logits(smd.replay(m, rollout, smd.encode_prompts(m, rollout), record))
-            for m, record in ((target_model, rollout.evicted_at_LBGT), (model, rollout.dense_LBGT))
+            m.logits(smd.replay(m, rollout, record)[0])
+            for m, record in ((target_model, rollout.evicted_at_LBGT), (model, rollout.never_evicted_LBGT))
         )
         p, q = dense.softmax(-1), shadow.softmax(-1)
         return (p * (p / q).log()).sum() / len(p)
 
     # the target computed by a copy of the model: no path from it to the weights exists
-    compare("track 2", track_2, grads(kl(frozen), model), 1e-10)
-    assert (track_2 - grads(kl(model), model)).abs().max() > 1e-3, "control: with a path, the gradient is another"
+    compare("track 2", track_2, gradient(kl(frozen), model), 1e-10)
+    assert (track_2 - gradient(kl(model), model)).abs().max() > 1e-3, "control: with a path, the gradient is another"
 
 
 def test_7_track_2_is_zero_where_nothing_is_evicted():
@@ -536,21 +540,29 @@ def test_7_track_2_is_zero_where_nothing_is_evicted():
 
 
 TINY = dict(
-    letters=5, hops=2, width=16, layers=2, heads=2, kv_heads=1, budget=7, window=3, interval=2, warmup_steps=3,
-    prompts=4, samples=4, eval_prompts=16, steps=6, save_every=2, diag_every=3, lr=3e-3, device="cpu",
+    hops=2, width=16, budget=18, window=3, interval=2, pool=3, warmup_steps=3, prompts=4, samples=4, eval_prompts=16,
+    eval_every=4, steps=6, lr=3e-3, device="cpu",
 )  # fmt: skip
 SECONDS = ("seconds_sample", "seconds_diag", "seconds_learn")
+
+
+@pytest.fixture(autouse=True)
+def small_and_apart(monkeypatch, tmp_path):
+    """Tests share no base policies with anybody's runs, and reach the second checkpoint and diagnosis soon."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 2)
+    monkeypatch.setattr(smd, "DIAGNOSE_EVERY", 3)
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch, request):
     """Drawing takes longer than a tiny run; one test asks for the picture."""
     if request.node.name != "test_8_a_run_leaves_its_files":
-        monkeypatch.setattr(smd, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(report, "draw_curves", lambda *_: None)
 
 
 def tiny(tmp_path, name="run", **changes) -> Settings:
-    return Settings(**TINY | dict(out=str(tmp_path / name), cache=str(tmp_path / "cache")) | changes)
+    return Settings(**TINY | dict(out=str(tmp_path / name)) | changes)
 
 
 def outcome(out) -> tuple:
@@ -564,20 +576,22 @@ def outcome(out) -> tuple:
 
 
 def argv(settings: Settings) -> list[str]:
-    given = ((smd.flag(f.name), getattr(settings, f.name), f.default) for f in dataclasses.fields(settings))
+    given = ((cli.flag(f.name), getattr(settings, f.name), f.default) for f in dataclasses.fields(settings))
     pairs = ([name] if value is True else [name, str(value)] for name, value, default in given if value != default)
     return [word for pair in pairs for word in pair]
 
 
 def test_8_a_run_leaves_its_files(tmp_path):
     summary, keys = smd.train(tiny(tmp_path)), {"kl_sparse_dense"}
-    assert {p.name for p in (tmp_path / "run").iterdir()} == set(smd.FILES)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == set(runs.FILES)
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows if keys <= row.keys()] == [1, 4], "every --diag-every steps, the first included"
+    assert [row["step"] for row in rows if keys <= row.keys()] == [1, 4], (
+        "every DIAGNOSE_EVERY steps, the first included"
+    )
     assert max(row["replay_error"] for row in rows) == summary["replay_error"] < 1e-5
-    assert all(row["kv_bytes"] > 0 and 0 < row["kept_share"] < 1 and row["entropy"] > 0 for row in rows)
+    assert all(row["kv_bytes"] > 0 and 0 < row["visible_share"] < 1 and row["entropy"] > 0 for row in rows)
 
 
 def test_8_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
@@ -595,8 +609,9 @@ def test_8_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         pass
 
     def dies(name, call):
-        """Let the call-th call of smd.name die after it has done its work in part or in full."""
-        real, calls = getattr(smd, name), []
+        """Let the call-th call of a function die after it has done its work in part or in full."""
+        module = runs if name in ("save", "restore") else smd
+        real, calls = getattr(module, name), []
 
         def dying(*args):
             calls.append(1)
@@ -608,12 +623,12 @@ def test_8_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
                 raise Killed
             return real(*args)
 
-        return dying
+        return module, name, dying
 
     for n, (name, call) in enumerate([("update", 2), ("save", 3), ("train_step", 5), ("diagnose", 1), ("restore", 1)]):
         settings, log = tiny(tmp_path, f"killed-{n}"), tmp_path / f"killed-{n}" / "metrics.jsonl"
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(smd, name, dies(name, call))
+            patch.setattr(*dies(name, call))
             smd.train(settings)
         with open(log, "a") as f:
             f.write('{"step": 99, "rew')
@@ -636,7 +651,8 @@ def test_8_a_killed_process_leaves_a_run_that_resumes(tmp_path, capsys):
     smd.train(tiny(tmp_path, "whole", steps=40))
     for name, number, code in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGINT, 130)):
         settings = tiny(tmp_path, name, steps=40)
-        process = subprocess.Popen([sys.executable, smd.__file__, *argv(settings)], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, smd.__file__, *argv(settings)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline, log = time.time() + 60, Path(settings.out) / "metrics.jsonl"
         while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 5):
             time.sleep(0.01)
@@ -644,14 +660,14 @@ def test_8_a_killed_process_leaves_a_run_that_resumes(tmp_path, capsys):
         error = process.communicate()[1]
         assert process.returncode == code, error
         assert "Traceback" not in error
-        assert smd.main(["--resume", "--out", settings.out, "--cache", settings.cache]) == 0
+        assert smd.main(["--resume", "--out", settings.out]) == 0
         assert outcome(settings.out) == outcome(tmp_path / "whole")
     assert "held-out accuracy" in capsys.readouterr().out
 
 
 def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys):
     smd.train(tiny(tmp_path))
-    command = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu", "--prompt", "abbccddeea?b"]
+    command = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu", "--prompt", "abbccddeefghijklmnop?b"]
     assert smd.main(command) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0].startswith("sparse cache: ") and lines[1].startswith("full cache:   ")
@@ -662,14 +678,14 @@ def test_8_overwrite_replaces_a_run_even_if_killed_while_it_does(tmp_path, monke
     new = tiny(tmp_path, seed=1, overwrite=True)
     smd.train(tiny(tmp_path, "fresh", seed=1))
     smd.train(tiny(tmp_path))
-    write_file = smd.write
+    write_file = runs.write
 
     def killed_after(*args):
         write_file(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(smd, "write", killed_after)
+        patch.setattr(runs, "write", killed_after)
         smd.train(new)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -694,7 +710,10 @@ def bad_inputs(tmp: Path) -> list:
         ('{"prompt": 3, "answer": "x"}', "line 2: want an object with strings"),
         ('{"prompt": "  ", "answer": "x"}', "line 2: the prompt and the answer must not be empty"),
         ('{"question": "how many of them?", "answer": "seven"}', "line 2: no ####"),
-        (json.dumps({"prompt": "long " * 500, "answer": "x"}), "2500 tokens with --max-new 128 exceeds --context 2048"),
+        (
+            json.dumps({"prompt": "long " * 500, "answer": "x"}),
+            "2500 tokens with --max-new 128 exceeds the context of 2048",
+        ),
         (
             json.dumps({"prompt": "how long is it?", "answer": "x" * 200}),
             "201 tokens with its end exceeds --max-new 128",
@@ -718,10 +737,10 @@ def bad_inputs(tmp: Path) -> list:
         (["--data", str(tmp)], "cannot be read: Is a directory"),
         (["--data", write(tmp / "one.jsonl", GOOD)], "want at least 2 examples"),
         (["--budget", "4"], "budget must be at least sinks + window = 5, got 4"),
-        (["--budget", "2", "--policy", "streaming", "--sinks", "2"], "at least sinks + 1 = 3, got 2"),
-        (["--budget", "4", "--policy", "random"], "at least sinks + window = 5, got 4"),
-        (["--budget", "3", "--policy", "rkv"], "at least window = 4, got 3"),
-        *[(["--budget", "0", "--policy", policy], "at least 1, got 0") for policy in ("tova", "knorm", "h2o")],
+        (["--budget", "2", "--eviction", "streaming", "--sinks", "2"], "at least sinks + 1 = 3, got 2"),
+        (["--budget", "4", "--eviction", "random"], "at least sinks + window = 5, got 4"),
+        (["--budget", "3", "--eviction", "rkv"], "at least window = 4, got 3"),
+        *[(["--budget", "0", "--eviction", policy], "at least 1, got 0") for policy in ("tova", "knorm", "h2o")],
         (["--budget", "0.05"], "at least sinks + window = 5, got 2 (0.05 of a prompt of 34 tokens)"),
         (["--budget", "1.5"], "at most 1, got 1.5"),
         (["--budget", "nan"], "--budget must be a finite number, got nan"),
@@ -733,35 +752,33 @@ def bad_inputs(tmp: Path) -> list:
         (["--lr", "nan"], "--lr must be a finite number, got nan"),
         (["--lr", "-0.001"], "--lr must be at least 0, got -0.001"),
         (["--lam", "inf"], "--lam must be a finite number, got inf"),
-        (["--policy", "lru"], "--policy must be one of streaming, snapkv"),
+        (["--eviction", "lru"], "--eviction must be one of streaming, snapkv"),
         (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
         (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
-        (["--objective", "reinforce"], "--objective must be one of grpo, ppo, dpo"),
-        (["--kl", "both"], "--kl must be one of reverse, forward"),
-        (["--is-cap", "-1"], "--is-cap must be at least 0, got -1.0"),
-        (["--gae-lam", "1.5"], "--gae-lam must be at most 1, got 1.5"),
+        (["--objective", "reinforce"], "--objective must be one of grpo, dr_grpo, ppo, dpo"),
         (["--samples", "1"], "--objective grpo compares a prompt's samples; give --samples 2 or more, got 1"),
         (["--minibatches", "33"], "--minibatches must be at most --prompts = 32, got 33"),
         (["--encoding", "klingon"], "--encoding must be bytes or one of"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "magic"], "--backend must be one of torch"),
         (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
-        (["--letters", "27"], "--letters must be at most 26, got 27"),
-        (["--width", "100"], "--width must be a multiple of 2 * heads = 8, got 100"),
-        (["--kv-heads", "3"], "--kv-heads must divide heads = 4, got 3"),
-        (["--context", "40"], "34 tokens with --max-new 7 exceeds --context 40"),
+        (["--width", "100"], "--width must be a multiple of 8, got 100"),
         (["--out", "/dev/null/run"], "/dev/null/run/config.json cannot be written: Not a directory"),
         (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue it or --overwrite"),
         ([*resume, "--method", "naive"], "holds a run with --method smd, not naive"),
         ([*resume, "--steps", "1"], "is at step 2 already"),
         ([*resume, "--overwrite"], "--resume and --overwrite exclude each other"),
         ([*resume, "--prompt", ""], "the prompt must not be empty"),
-        ([*resume, "--prompt", "x" * 200], "a prompt of 200 tokens with --max-new 3 exceeds --context 128"),
+        ([*resume, "--prompt", "x" * 2048], "a prompt of 2048 tokens with --max-new 3 exceeds the context of 2048"),
         (["--prompt", "abba?a"], "--prompt needs --resume"),
         (["--resume"], "--resume needs --out"),
         (["--resume", "--out", str(tmp / "nowhere")], "holds no run to resume"),
         (["--resume", "--out", str(tmp / "broken")], "config.json is damaged"),
-        (["--resume", "--out", damaged.out, "--cache", damaged.cache], "is missing or damaged"),
+        (["--resume", "--out", damaged.out], "is missing or damaged"),
+        (["--pool", "4"], "--pool must be odd, a key and as many neighbours on either side, got 4"),
+        (["--task", "riddle"], "--task must be one of chain, text, got 'riddle'"),
+        (["--task", "text"], "--task text needs --data FILE.jsonl"),
+        (["--task", "chain", "--data", files[0][0]], "--task chain reads no file, got --data"),
     ]  # fmt: skip
 
 
@@ -782,7 +799,7 @@ def test_8_an_encoding_that_cannot_be_fetched_is_one_line(monkeypatch, capsys, t
     def no_network(name):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(smd.tiktoken, "get_encoding", no_network)
+    monkeypatch.setattr(text.tiktoken, "get_encoding", no_network)
     assert smd.main(["--encoding", "gpt2", "--out", str(tmp_path / "run")]) == 2
     assert "--encoding gpt2 could not be fetched (ConnectionError)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -802,40 +819,31 @@ def test_8_nan_stops_the_run_and_names_the_step(tmp_path, capsys, monkeypatch):
     assert state["step"] == 2 and all(w.isfinite().all() for w in state["weights"].values())
     # an update that destroys the weights is noticed when the sampler meets them, and the command line says so
     monkeypatch.chdir(tmp_path)
-    assert smd.main(argv(tiny(tmp_path, "explodes", lr=1e30, lr_warmup=0, save_every=100))) == 2
+    monkeypatch.setattr(smd, "LR_WARMUP", 0)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 100)
+    assert smd.main(argv(tiny(tmp_path, "explodes", lr=1e30))) == 2
     last = capsys.readouterr().err.splitlines()[-1]  # below the progress bars
     assert last.startswith("smd.py: stopped at step") and "logits are not finite" in last
 
 
 # every setting that a run may not change on resumption, with a value that must show in what a tiny run computes
 CHANGES = dict(
-    letters=6, hops=2, max_new=6, width=32, layers=1, heads=1, kv_heads=2, warmup_steps=1, warmup_drop=0.0,
-    warmup_slip=0.5, warmup_lr=1e-2, warmup_batch=2, warmup_seed=1, method="naive", lam=0.0, kl="forward", is_cap=0.9,
-    objective="ppo", norm_std=False, gae_lam=0.5, value_coef=0.0, dpo_beta=5.0, kl_ref=1.0, policy="knorm", budget=5,
-    interval=1, window=2, sinks=3, lr=1e-3, lr_warmup=1, clip=1e-4, epochs=1, minibatches=2, prompts=3, samples=3,
-    seed=1, eval_prompts=5, eval_every=2, diag_every=2,
+    hops=3, max_new=6, width=32, warmup_steps=1, method="naive", lam=0.0, objective="ppo", kl_ref=1.0, eviction="knorm",
+    budget=14, interval=1, window=2, sinks=3, pool=1, lr=1e-3, epochs=1, minibatches=2, prompts=3, samples=3, seed=1,
+    eval_prompts=5, eval_every=2,
 )  # fmt: skip
-# some matter only together with another
-TOGETHER = dict(
-    is_cap=dict(method="tis"),
-    gae_lam=dict(objective="ppo"),
-    value_coef=dict(objective="ppo"),
-    dpo_beta=dict(objective="dpo"),
-)
 
 
-def test_8_every_flag_changes_the_result(tmp_path):
-    untested = {"data", "encoding", "context"}  # these three decide what is accepted at all, and are tested as such
-    assert set(CHANGES) == smd.FIXED - untested
+def test_8_every_flag_changes_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "accuracy", lambda texts, examples: len(texts))  # of this tiny model it is 0
+    untested = {"data", "encoding", "task"}  # they decide what is accepted at all, and are tested as such
+    assert set(CHANGES) == set(cli.fixed_names(Settings)) - untested
     # two epochs, or nothing could be clipped; sinks that matter need keys that the window would not keep anyway
-    base, compared = dict(epochs=2, steps=3, hops=3, budget=8, lr=1e-2, save_every=10), {}
+    base = dict(epochs=2, steps=3, hops=4, budget=20, lr=1e-2)
+    smd.train(tiny(tmp_path, "as it is", **base))
     for name, value in CHANGES.items():
-        together = TOGETHER.get(name, {})
-        if (key := repr(together)) not in compared:
-            smd.train(tiny(tmp_path, key, **base | together))
-            compared[key] = outcome(tmp_path / key)
-        smd.train(tiny(tmp_path, name, **base | together | {name: value}))
-        assert outcome(tmp_path / name) != compared[key], f"{smd.flag(name)} {value} changes nothing"
+        smd.train(tiny(tmp_path, name, **base | {name: value}))
+        assert outcome(tmp_path / name) != outcome(tmp_path / "as it is"), f"{cli.flag(name)} {value} changes nothing"
 
 
 def test_8_a_file_of_text_trains_end_to_end(tmp_path):
@@ -847,7 +855,7 @@ def test_8_a_file_of_text_trains_end_to_end(tmp_path):
     ]
     judged = []
     for name, lines, judge in (("ours", ours, None), ("gsm8k", gsm8k, lambda *texts: judged.append(texts) or 0.5)):
-        changes = dict(data=write(tmp_path / f"{name}.jsonl", *lines), budget=0.8, max_new=8, steps=2, policy="h2o")
+        changes = dict(data=write(tmp_path / f"{name}.jsonl", *lines), budget=0.8, max_new=8, steps=2, eviction="h2o")
         summary = smd.train(tiny(tmp_path, name, **changes), reward=judge)
         assert summary["replay_error"] < 1e-5 and 0 <= summary["after"]["sparse"] <= 1
     prompt, _, answer = judged[0]
@@ -856,9 +864,12 @@ def test_8_a_file_of_text_trains_end_to_end(tmp_path):
     )
 
 
-@pytest.mark.skipif(not Path("../shared/data/gsm8k_test.jsonl").exists(), reason="the real file is not here")
+GSM8K = HERE.parent / "shared/data/gsm8k_test.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the real file is not here")
 def test_8_real_text_is_read(tmp_path):
-    examples = smd.read_jsonl("../shared/data/gsm8k_test.jsonl")
+    examples = tasks.read_jsonl(str(GSM8K))
     assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
 
 
@@ -872,15 +883,15 @@ def judge(prompt: str, response: str, answer: str) -> float:
 
 def held_out_reward(out: Path, count: int = 512) -> tuple[float, float]:
     """Mean reward of a run's checkpoint on held-out prompts with the sparse cache, and its standard error."""
-    agent = smd.Agent(smd.checked(Settings(**smd.read_config(out), device="cpu")))
-    smd.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    agent = smd.agent_for(smd.checked(Settings(**runs.read_config(out, Settings), device="cpu")))
+    runs.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     examples = agent.task.held_out(count)
     texts = agent.respond(examples, 1, True, torch.Generator().manual_seed(0))[1]
     rewards = [judge(e.prompt, text, e.answer) for e, text in zip(examples, texts, strict=True)]
     return statistics.mean(rewards), statistics.stdev(rewards) / count**0.5
 
 
-def test_9_a_short_run_learns_and_shuffled_rewards_do_not(tmp_path):
+def test_9_a_short_run_learns_and_shuffled_rewards_do_not(tmp_path, monkeypatch):
     order, pool = torch.Generator().manual_seed(0), []
 
     def shuffled(*texts):
@@ -888,7 +899,8 @@ def test_9_a_short_run_learns_and_shuffled_rewards_do_not(tmp_path):
         pool.append(judge(*texts))
         return pool[int(torch.randint(len(pool), (), generator=order))]
 
-    changes = dict(warmup_steps=60, warmup_batch=32, prompts=8, samples=8, lr_warmup=1)
+    monkeypatch.setattr(smd, "LR_WARMUP", 1)
+    changes = dict(warmup_steps=60, prompts=8, samples=8)
     for name, reward, steps in (("base", None, 0), ("learned", judge, 30), ("shuffled", shuffled, 30)):
         smd.train(tiny(tmp_path, name, **changes, steps=steps), reward=reward)
     results = [held_out_reward(tmp_path / name) for name in ("base", "learned", "shuffled")]
@@ -910,9 +922,9 @@ def records(kind, B, G, T):
     if kind == "random":
         rows = torch.arange(T) + torch.randint(0, T + 1, (B * G, T), generator=generator)
     elif kind == "compressed":
-        rows = torch.stack([kernel.compressed_once(T, 0.4, seed) for seed in range(B * G)])
+        rows = torch.stack([kernels.compressed_once(T, 0.4, seed) for seed in range(B * G)])
     elif kind == "rolling":
-        rows = torch.stack([kernel.rolling(T, 24, 8, seed) for seed in range(B * G)])
+        rows = torch.stack([kernels.rolling(T, 24, 8, seed) for seed in range(B * G)])
     else:
         rows = torch.zeros(B * G, T)
     rows = rows.view(B, G, T).to(torch.int32)
@@ -1048,7 +1060,9 @@ def test_10_bad_input_is_named():
         code += "\nimport torch, kernel; x = torch.ones(1, 1, 2, 16); e = torch.ones(1, 1, 2, dtype=torch.int32)\n"
         code += "kernel.shadow_attention(x, x, x, e); kernel.shadow_attention(x, x, x, e, backend='triton')"
         env = os.environ | {"TRITON_INTERPRET": "0"}
-        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True, check=False
+        )
         assert run.returncode and message in run.stderr.splitlines()[-1]
 
 
@@ -1085,14 +1099,14 @@ def test_11_the_lists_hold_every_visible_pair_once(kind):
 def test_11_the_area_of_the_tiles_follows_the_visible_pairs(T):
     blocks, P = kernel.block_sizes(torch.bfloat16, 128, roomy=True), T * 7 // 8
     for kept in (1.0, 0.5, 0.25, 0.1):
-        record = kernel.compressed_once(T, kept, 0)[None, None]
+        record = kernels.compressed_once(T, kept, 0)[None, None]
         for q_start in (0, P):
-            assert kernel.tile_ratio(record, q_start, T - q_start, blocks) <= 1.15
-    record = kernel.rolling(T, 1024, 128, 0)[None, None]
-    assert kernel.tile_ratio(record, 0, T, blocks) <= 1.85
+            assert kernels.tile_ratio(record, q_start, T - q_start, blocks) <= 1.15
+    record = kernels.rolling(T, 1024, 128, 0)[None, None]
+    assert kernels.tile_ratio(record, 0, T, blocks) <= 1.85
     # controls: in the order of position, and of the exact time of death, it does not hold
-    assert kernel.tile_ratio(record, 0, T, blocks, epoch=None) > 3
-    assert kernel.tile_ratio(record, 0, T, blocks, epoch=1) > 2
+    assert kernels.tile_ratio(record, 0, T, blocks, epoch=None) > 3
+    assert kernels.tile_ratio(record, 0, T, blocks, epoch=1) > 2
 
 
 # Lemma 12: the kernels compile for GPUs that are not here, fit, and do not spill
@@ -1179,58 +1193,9 @@ def test_13_the_learner_through_the_kernels_is_the_learner(method):
 # sum. In 15 to 17 the estimator is one response, its advantage the reward less a constant, before the first update.
 
 
-class World:
-    """One prompt, all its responses, scored through the real sampler with a budget of 8 keys."""
-
-    def __init__(self, seed=4, length=3):
-        # weights larger than at a fresh start: attention and distributions sharp enough to differ much
-        self.model = TinyModel(ModelConfig(vocab=4, width=16, layers=2, heads=2, kv_heads=1, ffn=24), seed).double()
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.mul_(15.0 if name.startswith("embed") else 3.0 if p.ndim == 2 else 1.0)
-        generator = torch.Generator().manual_seed(seed)
-        self.prompt = torch.randint(4, (1, 12), generator=generator)
-        self.responses = torch.tensor(list(itertools.product(range(4), repeat=length)))
-        self.reward = torch.rand(len(self.responses), generator=generator, dtype=torch.float64)
-        self.rollout = self.score()
-        self.p = self.rollout.logp_BR.sum(dim=1).exp()  # of each response
-
-    def score(self, eviction=Eviction("snapkv", 8, interval=1, window=2, sinks=1)):  # noqa: B008
-        count, length = self.responses.shape
-        args = self.model, self.prompt, torch.tensor([0]), count, length, -1, eviction
-        return smd.sample(*args, forced_BR=self.responses)
-
-    def logits(self, record, model=None):
-        model = model or self.model
-        return model.logits(smd.replay(model, self.rollout, smd.encode_prompts(model, self.rollout), record))
-
-    def logp(self, dense: bool):
-        """Differentiable log-probs (responses, tokens) of π_dense or π_shadow."""
-        record = self.rollout.dense_LBGT if dense else self.rollout.evicted_at_LBGT
-        return smd.token_logp(self.logits(record), self.responses.flatten()).view(self.responses.shape)
-
-    def objective_gradient(self, dense: bool):
-        """∇J = ∇ Σ_y p(y) r(y)."""
-        return grads((self.logp(dense).sum(dim=1).exp() * self.reward).sum(), self.model)
-
-    def expected(self, method, coefficient_B, weight_BR=None, **changes):
-        """-Σ_y coefficient(y) · ∇ of the learner's loss of y with advantage 1, summed over tokens."""
-        s = loss_settings(method=method, lam=0.0, max_new=self.responses.shape[1], is_cap=math.inf, **changes)
-        policy = smd.Policy(self.model, s)
-        batch = smd.prepare(policy, self.rollout, self.reward, s)
-        batch = dataclasses.replace(batch, advantage_BR=coefficient_B[:, None].expand_as(batch.weight_BR))
-        if weight_BR is not None:
-            batch = dataclasses.replace(batch, weight_BR=weight_BR)
-        return -grads(smd.learner_loss(policy, batch, s)[0], self.model) * self.responses.numel()
-
-
 @pytest.fixture(scope="module")
 def world():
     return World()
-
-
-def apart(got, want) -> float:
-    return ((got - want).norm() / want.norm()).item()
 
 
 def test_14_the_probabilities_of_all_responses_sum_to_1_and_they_evict_differently(world):
@@ -1243,7 +1208,7 @@ def test_14_the_probabilities_of_all_responses_sum_to_1_and_they_evict_different
 
 def test_15_smd_follows_the_gradient_of_the_sparse_policy(world):
     got = world.expected("smd", world.p * (world.reward - 0.3))
-    assert apart(got, world.objective_gradient(dense=False)) < 1e-12
+    assert distance(got, world.objective_gradient(dense=False)) < 1e-12
 
 
 def test_15_and_so_says_the_sampler_alone(world):
@@ -1266,18 +1231,18 @@ def test_15_and_so_says_the_sampler_alone(world):
 
 def test_16_naive_follows_neither_gradient(world):
     got = world.expected("naive", world.p * (world.reward - 0.3))
-    assert apart(got, world.objective_gradient(dense=False)) > 0.2
-    assert apart(got, world.objective_gradient(dense=True)) > 0.2
+    assert distance(got, world.objective_gradient(dense=False)) > 0.2
+    assert distance(got, world.objective_gradient(dense=True)) > 0.2
 
 
 def test_17_only_the_untruncated_sequence_weight_follows_the_dense_gradient(world):
     sparse, dense = world.objective_gradient(dense=False), world.objective_gradient(dense=True)
     coefficient = world.p * (world.reward - 0.3)
-    assert apart(world.expected("seq_is", coefficient), dense) < 1e-12
+    assert distance(world.expected("seq_is", coefficient), dense) < 1e-12
     dense_world = World()
     dense_world.rollout = dense_world.score(None)  # sampled with a full cache
     dense_world.p = dense_world.rollout.logp_BR.sum(dim=1).exp()
-    assert apart(dense_world.expected("dense", dense_world.p * (world.reward - 0.3)), dense) < 1e-12
+    assert distance(dense_world.expected("dense", dense_world.p * (world.reward - 0.3)), dense) < 1e-12
     log_ratio = world.logp(dense=True).detach() - world.rollout.logp_BR
     everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
     weights = {"tis": smd.token_is(log_ratio, everywhere, 2.0), "seq_is": smd.sequence_is(log_ratio, everywhere, 2.0)}
@@ -1285,7 +1250,7 @@ def test_17_only_the_untruncated_sequence_weight_follows_the_dense_gradient(worl
     weights["sparse_rl"] /= world.p @ weights["sparse_rl"].mean(dim=1)  # the exact mean weight, not a batch's
     for method, weight in weights.items():
         got = world.expected(method, coefficient, weight)
-        assert apart(got, sparse) > 0.05 and apart(got, dense) > 0.05, method
+        assert distance(got, sparse) > 0.05 and distance(got, dense) > 0.05, method
 
 
 def test_17_the_weights_by_hand():
@@ -1311,7 +1276,7 @@ def test_18_the_baseline_of_a_group_halves_the_gradient_and_its_deviation_turns_
         coefficient = torch.zeros(64, dtype=torch.float64)
         coefficient.index_add_(0, first, weighted[:, 0]).index_add_(0, second, weighted[:, 1])
         found[norm_std] = world.expected("smd", coefficient)
-    assert apart(found[False], gradient / 2) < 1e-12
+    assert distance(found[False], gradient / 2) < 1e-12
     assert F.cosine_similarity(found[True], gradient, dim=0) < 0.999
 
 
@@ -1329,8 +1294,8 @@ def test_20_track_2_is_the_gradient_of_the_enumerated_kl(world):
     """Against a sum over the vocabulary by hand; the sparse distribution comes from the sampler."""
     P, tokens = world.prompt.shape[1], torch.cat((world.prompt.expand(64, -1), world.responses[:, :-1]), dim=1)
     no_padding = torch.zeros(64, dtype=torch.long)
-    record = padding_record(no_padding, tokens.shape[1]).expand(2, -1, 1, -1)
-    dense = world.model.logits(world.model(tokens, no_padding, record)[:, P - 1 :]).log_softmax(dim=-1)
+    never = never_evicted(no_padding, tokens.shape[1]).expand(2, -1, 1, -1)
+    dense = world.model.logits(world.model(tokens, no_padding, never)[:, P - 1 :]).log_softmax(dim=-1)
     # log π_sparse(v | prefix) is what the sampler recorded for the response that goes on with v
     sparse = torch.empty_like(dense)
     index = {tuple(y): n for n, y in enumerate(world.responses.tolist())}
@@ -1338,14 +1303,14 @@ def test_20_track_2_is_the_gradient_of_the_enumerated_kl(world):
         for t in range(3):
             for v in range(4):
                 sparse[n, t, v] = world.rollout.logp_BR[index[(*y[:t], v, *y[t + 1 :])], t]
-    want = {"reverse": (dense.exp() * (dense - sparse)), "forward": (sparse.exp() * (sparse - dense))}
-    for kl, terms in want.items():
-        with_track, without = (learner(world.model, world.rollout, "smd", lam=lam, kl=kl) for lam in (1.0, 0.0))
-        expected = grads(terms.sum(dim=-1).mean(), world.model) if kl == "forward" else None
-        if expected is None:
-            dense = world.model.logits(world.model(tokens, no_padding, record)[:, P - 1 :]).log_softmax(dim=-1)
-            expected = grads((dense.exp() * (dense - sparse)).sum(dim=-1).mean(), world.model)
-        compare(f"track 2, {kl}", with_track[1] - without[1], expected, 1e-10)
+    with_track, without = (learner(world.model, world.rollout, "smd", lam=lam) for lam in (1.0, 0.0))
+    want = (dense.exp() * (dense - sparse)).sum(dim=-1).mean()
+    compare("track 2", with_track[1] - without[1], gradient(want, world.model), 1e-10)
+    # and the other direction is the other divergence
+    dense = world.model.logits(world.model(tokens, no_padding, never)[:, P - 1 :]).log_softmax(dim=-1)
+    got = smd.kl_divergence(sparse.flatten(0, 1), dense.flatten(0, 1))
+    compare("KL(sparse ‖ dense)", got, (sparse.exp() * (sparse - dense)).sum(dim=-1).mean(), 1e-12)
+    assert abs(got - want) > 1e-4, "control: the two directions differ"
 
 
 def test_20_k3_pulls_along_the_kl_from_the_reference(world):
@@ -1362,19 +1327,23 @@ def test_20_k3_pulls_along_the_kl_from_the_reference(world):
         torch.autograd.grad(x, list(world.model.parameters()), retain_graph=True) for x in (expected, forward, backward)
     )
     got, right, wrong = (torch.cat([g.flatten() for g in x]) for x in (got, right, wrong))
-    assert apart(got, right) < 1e-12 and apart(got, wrong) > 0.1
+    assert distance(got, right) < 1e-12 and distance(got, wrong) > 0.1
 
 
-def test_21_ppo_with_both_lambdas_1_is_reinforce(world):
-    s = loss_settings(objective="ppo", method="smd", lam=0.0, max_new=3, norm_std=False, value_coef=0.0)
-    want = grads(-(world.p * world.reward)[:, None].mul(world.logp(dense=False)).sum(), world.model)
-    for gae_lam, same in ((1.0, True), (0.95, False)):
-        s = dataclasses.replace(s, gae_lam=gae_lam)
+def test_21_ppo_with_both_lambdas_1_is_reinforce(world, monkeypatch):
+    monkeypatch.setattr(smd, "VALUE_COEF", 0.0)
+    s = loss_settings(objective="ppo", method="smd", lam=0.0, max_new=3)
+    want = gradient(-(world.p * world.reward)[:, None].mul(world.logp(dense=False)).sum(), world.model)
+    for gae_lambda, same in ((1.0, True), (0.95, False)):
+        monkeypatch.setattr(smd, "GAE_LAMBDA", gae_lambda)
         policy = smd.Policy(world.model, s)  # the critic is zero at first
         batch = smd.prepare(policy, world.rollout, world.reward, s)
+        # before they are normalised, the advantages are what the returns are above a value of zero;
         # each response as often as it is drawn
-        batch = dataclasses.replace(batch, advantage_BR=batch.advantage_BR * world.p[:, None] * world.responses.numel())
-        assert (apart(grads(smd.learner_loss(policy, batch, s)[0], world.model), want) < 1e-12) == same
+        weighted = batch.return_BR * world.p[:, None] * world.responses.numel()
+        batch = dataclasses.replace(batch, advantage_BR=weighted)
+        got = gradient(smd.learner_loss(policy, batch, s)[0], world.model)
+        assert (distance(got, want) < 1e-12) == same
 
 
 def test_21_gae_by_hand():
@@ -1405,14 +1374,16 @@ def test_21_the_critic_sees_what_the_sampler_saw(world, monkeypatch):
         assert torch.allclose(batch.value_BR, seen, atol=1e-10) == same
 
 
-def test_21_dpo_against_finite_differences_and_without_pairs(world):
-    s = loss_settings(objective="dpo", method="smd", lam=0.0, dpo_beta=0.5)
+def test_21_dpo_against_finite_differences_and_without_pairs(world, monkeypatch):
+    monkeypatch.setattr(smd, "DPO_BETA", 0.5)
+    s = loss_settings(objective="dpo", method="smd", lam=0.0)
     policy = smd.Policy(world.model, s)
     with torch.no_grad():
         for p in policy.reference.parameters():
             p.mul_(0.9)
     batch = smd.prepare(policy, world.rollout, world.reward, s)
-    gradient, weights = grads(smd.learner_loss(policy, batch, s)[0], world.model), list(world.model.parameters())
+    slope = gradient(smd.learner_loss(policy, batch, s)[0], world.model)
+    weights = list(world.model.parameters())
     before = torch.nn.utils.parameters_to_vector(weights).detach()
     direction = F.normalize(
         torch.randn(len(before), generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=0
@@ -1423,10 +1394,10 @@ def test_21_dpo_against_finite_differences_and_without_pairs(world):
         margin = world.score().logp_BR.sum(dim=1) - batch.ref_logp_BR.sum(dim=1)
         ends.append(math.log1p(math.exp(-0.5 * (margin[best] - margin[worst]).item())))
     torch.nn.utils.vector_to_parameters(before, weights)
-    assert abs((ends[0] - ends[1]) / 2e-5 - gradient @ direction) < 1e-6 * gradient.norm()
+    assert abs((ends[0] - ends[1]) / 2e-5 - slope @ direction) < 1e-6 * slope.norm()
     tied = dataclasses.replace(batch, reward_B=torch.ones(64, dtype=torch.float64))
     loss = smd.learner_loss(policy, tied, s)[0]
-    assert loss == 0 and (grads(loss, world.model) == 0).all()
+    assert loss == 0 and (gradient(loss, world.model) == 0).all()
 
 
 def test_22_the_ratio_of_smd_is_to_the_recorded_log_prob(world):
@@ -1460,7 +1431,8 @@ def test_22_the_diagnostics_by_hand(world):
     found = smd.diagnose(world.model, world.rollout, None)
     with torch.no_grad():
         shadow, dense = (
-            world.logits(record).softmax(dim=-1) for record in (world.rollout.evicted_at_LBGT, world.rollout.dense_LBGT)
+            world.logits(record).softmax(dim=-1)
+            for record in (world.rollout.evicted_at_LBGT, world.rollout.never_evicted_LBGT)
         )
         weight = (world.logp(dense=True) - world.rollout.logp_BR).exp()
     want = dict(
@@ -1480,8 +1452,8 @@ def test_22_minibatches_of_all_prompts_are_the_batch():
     model, s = small_model(), loss_settings(method="smd", lam=0.0)
     rollout, policy = ragged_rollout(model), smd.Policy(model, s)
     batch = smd.prepare(policy, rollout, torch.arange(12.0, dtype=torch.float64) % 5, s)
-    whole = grads(smd.learner_loss(policy, batch, s)[0], model)
-    parts = [grads(smd.learner_loss(policy, batch.of_prompts(n), s)[0], model) for n in torch.arange(4).chunk(2)]
+    whole = gradient(smd.learner_loss(policy, batch, s)[0], model)
+    parts = [gradient(smd.learner_loss(policy, batch.of_prompts(n), s)[0], model) for n in torch.arange(4).chunk(2)]
     compare("minibatches", (parts[0] + parts[1]) / 2, whole, 1e-12)
 
 
@@ -1507,7 +1479,7 @@ def test_22_every_pair_trains(tmp_path, method, objective, capsys):
 def test_23_what_the_readme_names_exists():
     folder = Path(__file__).parent
     text = (folder / "README.md").read_text()
-    flags = {smd.flag(f.name) for f in dataclasses.fields(Settings)} | {"--no-norm-std"}
+    flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)} | set()
     for source in folder.glob("experiments/*.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source.read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
@@ -1545,27 +1517,27 @@ def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
 
     args = r.response_BR, r.logp_BR, r.mask_BR, r.evicted_at_LBGT, reward_B.view(4, 3)
     got = names["smd_loss"](forward, *args, longest=s.max_new)
-    compare("gradient of the loss", grads(got, model), grads(want, model), 1e-10)
+    compare("gradient of the loss", gradient(got, model), gradient(want, model), 1e-10)
     with pytest.raises(AssertionError, match="sampler and learner"):
         names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=s.max_new)
 
 
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
-    from experiments import compare, runs, sweep
+    from experiments import common, compare, sweep
 
     monkeypatch.chdir(tmp_path)
     jobs = [dict(TINY, eval_every=2, method=m, seed=n) for m in ("smd", "naive") for n in range(2)]
     with tqdm(total=8) as bar:
-        done = runs.run_all(tmp_path, jobs, 2, bar)
+        done = common.run_all(tmp_path, jobs, 2, bar)
         monkeypatch.setattr(smd, "train", lambda *_: pytest.fail("a finished run was run again"))
-        monkeypatch.setattr(runs.ProcessPoolExecutor, "submit", lambda *_: pytest.fail("nothing was left to do"))
-        assert runs.run_all(tmp_path, jobs, 2, bar) == done
+        monkeypatch.setattr(common.ProcessPoolExecutor, "submit", lambda *_: pytest.fail("nothing was left to do"))
+        assert common.run_all(tmp_path, jobs, 2, bar) == done
     by_method = {"smd": done[:2], "naive": done[2:]}
-    groups = {m: [runs.figures(*result) for result in results] for m, results in by_method.items()}
-    assert runs.table(groups, tmp_path / "table.md").count("±") >= 2
+    groups = {m: [common.figures(*result) for result in results] for m, results in by_method.items()}
+    assert common.table(groups, tmp_path / "table.md").count("±") >= 2
     folder = Path(done[0][0]["out"])
-    with pytest.raises(smd.UsageError, match="holds a run with --policy snapkv, not random"):
-        runs.run(folder, **jobs[0] | {"policy": "random"})
+    with pytest.raises(cli.UsageError, match="holds a run with --eviction snapkv, not random"):
+        common.run(folder, **jobs[0] | {"eviction": "random"})
     compare.draw(by_method, tmp_path / "curves.png")
     sweep.draw({("50%", method): runs for method, runs in groups.items()}, "kept", tmp_path / "sweep.png")
     assert (tmp_path / "curves.png").exists() and (tmp_path / "sweep.png").exists()
@@ -1573,8 +1545,8 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     summary = json.loads((folder / "summary.json").read_text())
     summary["before"]["dense"] += 0.5
     (folder / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(smd.UsageError, match="different base policies"), tqdm(total=4) as bar:
-        runs.run_all(tmp_path, jobs, 2, bar)
+    with pytest.raises(cli.UsageError, match="different base policies"), tqdm(total=4) as bar:
+        common.run_all(tmp_path, jobs, 2, bar)
     rows = {0.1: [9, 9, 9, 1], 0.3: [0, 0, 0, 3], 0.2: [0, 0, 0, 2]}  # the last quarter counts
     searched = {("smd", lr): (None, [{"reward": float(r)} for r in rewards]) for lr, rewards in rows.items()}
     assert compare.best_rates(searched) == {"smd": 0.3}
@@ -1582,6 +1554,8 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     rise, fall, constant = [[1.0, 2.0, 9.0], [70.0, 80.0]], [[5.0, 4.0, 1.0], [2.0, 1.0]], [[1.0] * 3, [7.0] * 2]
     found = [compare.rank_correlation(rise, y) for y in (rise, fall, constant)]
     assert found[:2] == pytest.approx([1.0, -1.0]) and math.isnan(found[2])
-    mean, half = runs.mean_and_interval([1.0, 2.0, 3.0])
+    mean, half = common.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and math.isclose(half, 4.30 / 3**0.5)
-    assert runs.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith("a  2 ± 2.5  1")
+    assert common.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith(
+        "a  2 ± 2.5  1"
+    )

@@ -30,7 +30,7 @@ class ModelConfig:
     width: int = 128
     layers: int = 3
     heads: int = 4
-    kv_heads: int = 2
+    kv_heads: int = 4
     ffn: int = 352
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -42,8 +42,8 @@ class ModelConfig:
         return self.width // self.heads
 
 
-def padding_record(pad_B: Tensor, T: int) -> Tensor:
-    """evicted_at (B, 1, T) of left-padded sequences from which nothing has been evicted: 0 for padding, else NEVER."""
+def never_evicted(pad_B: Tensor, T: int) -> Tensor:
+    """evicted_at (B, 1, T) of left-padded sequences that keep all their keys: 0 for padding, else NEVER."""
     return torch.where(torch.arange(T, device=pad_B.device) < pad_B[:, None], 0, NEVER).to(torch.int32)[:, None]
 
 
@@ -139,11 +139,11 @@ class TinyModel(nn.Module):
             x_BTC = layer(x_BTC, rope, partial(attend, l))
         return self.norm(x_BTC)
 
-    def forward(self, tokens_BT: Tensor, pad_B: Tensor, record_LBGT: Tensor, backend: str | None = None) -> Tensor:
-        """Full pass over sequences left-padded by pad_B columns, under the mask of record_LBGT: hidden (B, T, C)."""
+    def forward(self, tokens_BT: Tensor, pad_B: Tensor, evicted_at_LBGT: Tensor, backend: str | None = None) -> Tensor:
+        """Full pass over sequences left-padded by pad_B columns, keys seen until they are evicted: hidden (B, T, C)."""
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return shadow_attention(q, k, v, record_LBGT[l], backend=backend)
+            return shadow_attention(q, k, v, evicted_at_LBGT[l], backend=backend)
 
         return self.extend(tokens_BT, rope_positions(pad_B, tokens_BT.shape[1]), attend)
 

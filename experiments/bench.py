@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 import smd
-from experiments.runs import command
+from experiments.common import command
+from harness.agent import Agent
+from harness.device import clock
+from harness.streams import PROMPTS as PROMPT_STREAM
+from harness.streams import SAMPLING, torch_stream
 
 REPEATS = 7
 SHARES = 1.0, 0.5, 0.25
@@ -28,10 +32,10 @@ def medians(contenders: dict[str, Callable], device: str, repeats: int) -> dict[
     seconds = {name: [] for name in contenders}
     for n in range(repeats + 1):
         for name, contender in contenders.items():
-            began = smd.clock(device)
+            began = clock(device)
             contender()
             if n:
-                seconds[name].append(smd.clock(device) - began)
+                seconds[name].append(clock(device) - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -56,9 +60,8 @@ def learner() -> dict[str, float]:
         ("dense, old log-probs given", "dense", True, True),
     ):
         s = smd.checked(smd.Settings(method=method))
-        agent = smd.Agent(s)
-        examples = agent.task.draw(s.prompts, smd.numpy_stream(0, smd.PROMPTS))
-        generator = smd.torch_stream(s.device, 0, smd.SAMPLING)
+        agent = smd.agent_for(s)
+        examples, generator = agent.draw(step=1)
         rollout, _ = agent.respond(examples, s.samples, smd.METHODS[method].evicts, generator)
         reward_B = torch.rand(len(rollout.response_BR), device=s.device)
         policy = smd.Policy(agent.model, s)
@@ -75,21 +78,21 @@ def learner() -> dict[str, float]:
     return medians(contenders, s.device, REPEATS)
 
 
-def random_prompts(agent: smd.Agent, N: int, P: int) -> tuple[Tensor, Tensor]:
-    generator = smd.torch_stream(agent.s.device, 0, smd.PROMPTS)
+def random_prompts(agent: Agent, N: int, P: int) -> tuple[Tensor, Tensor]:
+    generator = torch_stream(agent.s.device, 0, PROMPT_STREAM)
     tokens_NP = torch.randint(256, (N, P), generator=generator, device=agent.s.device)
     return tokens_NP, torch.zeros(N, dtype=torch.long, device=agent.s.device)
 
 
-def draw(agent: smd.Agent, N: int, P: int, S: int, R: int, share: float) -> smd.Rollout:
+def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float) -> smd.Rollout:
     """N prompts of P random tokens, S samples of exactly R tokens; with a share of 1 from the full cache."""
     eviction = None if share == 1 else dataclasses.replace(agent.eviction, budget=share)
-    generator = smd.torch_stream(agent.s.device, 0, smd.SAMPLING)
+    generator = torch_stream(agent.s.device, 0, SAMPLING)
     # no token is -1, so that no response ends early
     return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction, generator)
 
 
-def sampler(agent: smd.Agent) -> dict[str, float]:
+def sampler(agent: Agent) -> dict[str, float]:
     """Tokens per second at each kept share; and of `generate` of the transformers package, where it is installed.
 
     Sampler against sampler: ours reads keys in float64 and prefills a prompt once for all its samples; theirs reads
@@ -116,7 +119,7 @@ def sampler(agent: smd.Agent) -> dict[str, float]:
     return {name: PROMPTS * SAMPLES * NEW / value for name, value in seconds.items()}
 
 
-def memory(agent: smd.Agent) -> list[dict]:
+def memory(agent: Agent) -> list[dict]:
     """Measured peak bytes of the compressed cache, over the keys and values of a full one; 25 % of the prompt kept."""
     rows = []
     for P in (128, 512, 2048):
@@ -131,7 +134,7 @@ def memory(agent: smd.Agent) -> list[dict]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    agent = smd.Agent(smd.checked(smd.Settings()))
+    agent = smd.agent_for(smd.checked(smd.Settings()))
     seconds = learner()
     print("learner step, 32 prompts x 8 samples, 34 + 7 tokens                seconds")
     for name, value in seconds.items():

@@ -19,9 +19,8 @@ import torch
 from tqdm import tqdm
 
 import smd
-
-# the same colour for the same method everywhere, readable on white and on black
-COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
+from harness import base, cli, runs
+from harness.report import COLOURS
 
 
 def colour(name: str) -> str:
@@ -45,12 +44,12 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
     Raises UsageError where `out` holds a run with other settings.
     """
     settings = smd.checked(smd.Settings(out=str(out), resume=(out / "config.json").exists(), **given))
-    smd.find_run(settings)
+    runs.Run(settings)
     if not finished(out, settings.steps):
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             smd.train(settings)
-    return json.loads((out / "summary.json").read_text()), smd.read_metrics(out / "metrics.jsonl", settings.steps)
+    return json.loads((out / "summary.json").read_text()), runs.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
 def begin_worker(threads: int) -> None:
@@ -60,12 +59,14 @@ def begin_worker(threads: int) -> None:
 
 
 def base_path(given: dict) -> Path:
-    return smd.Agent(smd.checked(smd.Settings(**given))).base_path()
+    agent = smd.agent_for(smd.checked(smd.Settings(**given)))
+    return base.base_path(agent.model, agent.task, agent.encoding, agent.s.warmup_steps)
 
 
 def make_base(given: dict) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):
-        smd.Agent(smd.checked(smd.Settings(**given))).load_base()
+    agent = smd.agent_for(smd.checked(smd.Settings(**given)))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        base.load_base(agent.model, agent.task, agent.encoding, agent.s.warmup_steps)
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:
@@ -93,7 +94,7 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
         pool.shutdown(cancel_futures=True)
     starts = {(job.get("hops"), done[folder][0]["before"]["dense"]) for folder, job in given.items()}
     if len(starts) > len({hops for hops, _ in starts}):
-        raise smd.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
+        raise cli.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
     return [done[folder] for folder in folders]
 
 
@@ -107,7 +108,7 @@ def positive(text: str) -> int:
 def options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that experiments with many runs share."""
     parser.add_argument("--seeds", type=positive, default=seeds)
-    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--steps", type=positive, default=smd.Settings.steps)
     workers = 1 if torch.cuda.is_available() else CORES
     parser.add_argument("--jobs", type=positive, default=workers, help="runs at a time")
 
@@ -146,7 +147,7 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     marked = ["| " + " | ".join(row) + " |" for row in cells]
-    smd.write(path, "\n".join([marked[0], "|" + "---|" * len(cells[0]), *marked[1:]]) + "\n")
+    runs.write(path, "\n".join([marked[0], "|" + "---|" * len(cells[0]), *marked[1:]]) + "\n")
     return "\n".join(lines)
 
 
@@ -168,18 +169,15 @@ def label_ends(axis, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run an experiment; bad input ends it with one line and exit code 2, Ctrl-C with one line and 130."""
-    try:
-        main()
-    except (smd.UsageError, FloatingPointError) as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
-    except BrokenProcessPool:
-        print("a run was killed, perhaps for want of memory; give fewer --jobs", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept", file=sys.stderr)
-        sys.exit(130)
+    """Run an experiment; what a user can mend ends it with one line."""
+
+    def run() -> None:
+        try:
+            main()
+        except BrokenProcessPool as e:
+            raise cli.UsageError("a run was killed, perhaps for want of memory; give fewer --jobs") from e
+
+    sys.exit(cli.run_command(run, Path(sys.argv[0]).stem, "what is finished is kept"))
 
 
 def save(figure, path: Path) -> None:

@@ -1,6 +1,6 @@
 """All methods from one base policy: final accuracies, gradients' troubles, learning curves.
 
-    python -m experiments.compare --policy random                    6 methods x (3 + 5) runs of 200 steps
+    python -m experiments.compare                                    6 methods x (3 + 5) runs
     python -m experiments.compare --methods smd naive --seeds 3      part of it; what is finished is never run again
 
 Each method gets the same search: three learning rates on one seed outside the reported ones; the one with the highest
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from experiments.runs import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.common import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
 
@@ -86,11 +86,11 @@ def draw(done: dict[str, list], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options(parser, seeds=5)
-    parser.add_argument("--policy", default="snapkv", choices=list(smd.POLICIES))
+    parser.add_argument("--eviction", default=smd.Settings.eviction, choices=list(smd.EVICTIONS))
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     given = parser.parse_args()
-    common = dict(policy=given.policy, steps=given.steps)
+    common = dict(eviction=given.eviction, steps=given.steps)
     grid = [(method, lr) for method in given.methods for lr in LEARNING_RATES]
     with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
         jobs = [dict(method=method, lr=lr, seed=SEARCH_SEED, **common) for method, lr in grid]

@@ -13,7 +13,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import smd
-from experiments.runs import command, save
+from experiments.common import command, save
+from harness import runs
+from harness.agent import CONTEXT
+from harness.streams import EVALUATION, torch_stream
+from harness.tasks import Example
+from harness.text import check_prompt
 
 
 def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
@@ -40,11 +45,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of a run")
     parser.add_argument("--prompt")
     given = parser.parse_args()
-    agent = smd.Agent(smd.checked(smd.Settings(**smd.read_config(given.out))))
-    smd.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
-    example = agent.task.held_out(1)[0] if given.prompt is None else smd.Example(given.prompt, "")
-    agent.check_length(example.prompt)
-    generator = smd.torch_stream(agent.s.device, agent.s.seed, smd.EVALUATION, 2)
+    agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
+    runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
+    check_prompt(agent.encoding, example.prompt, agent.s.max_new, CONTEXT, "--prompt: ")
+    generator = torch_stream(agent.s.device, agent.s.seed, EVALUATION, 2)
     rollout, (response,) = agent.respond([example], 1, True, generator)
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
     draw(rollout, example.prompt, response, given.out / "mask.png")

@@ -1,11 +1,11 @@
 """Ablations: what is kept, who chooses it, how hard the dense policy follows, how long the answer is.
 
     python -m experiments.sweep budget      kept share 100, 75, 50, 35, 25 %: smd, naive
-    python -m experiments.sweep policy      every eviction policy at 50 %: smd, naive
+    python -m experiments.sweep eviction    every eviction policy at 50 %: smd, naive
     python -m experiments.sweep lam         λ = 0, 0.1, 1 at 50 and at 35 %: smd
     python -m experiments.sweep length      answers of 3, 6, 9, 12 letters: smd, naive, seq_is
 
-Three seeds each (--seeds), 200 steps (--steps), snapkv (--policy), each method at its own learning rate. What is
+Three seeds each (--seeds), snapkv (--eviction), each method at its own learning rate. What is
 finished is never run again; another length of the answer has its own base policy.
 """
 
@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.runs import colour, command, figures, label_ends, options, run_all, save, table
+from experiments.common import colour, command, figures, label_ends, options, run_all, save, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
 SWEEPS = {
     "budget": ("prompt's keys kept", [(f"{b:.0%}", m, dict(budget=b, method=m)) for b in SHARES for m in BOTH]),
-    "policy": ("eviction policy", [(p, m, dict(policy=p, method=m)) for p in smd.POLICIES for m in BOTH]),
+    "eviction": ("eviction policy", [(p, m, dict(eviction=p, method=m)) for p in smd.EVICTIONS for m in BOTH]),
     "lam": ("λ", [(f"{v:g}", f"smd, {b:.0%}", dict(lam=v, budget=b)) for b in (0.5, 0.35) for v in (0.0, 0.1, 1.0)]),
     "length": (
         "letters in the answer",
@@ -32,7 +32,7 @@ SWEEPS = {
     ),
 }
 DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=smd.Settings.hops, method="smd")
-# what the search of `experiments.compare --policy random` chose
+# what the search of `experiments.compare` chose
 RATES = dict(smd=4e-4, naive=2e-4, seq_is=1e-4)
 
 
@@ -72,12 +72,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=list(SWEEPS))
     options(parser, seeds=3)
-    parser.add_argument("--policy", choices=list(smd.POLICIES), help="default: snapkv")
+    parser.add_argument("--eviction", choices=list(smd.EVICTIONS), help="default: snapkv")
     given = parser.parse_args()
-    if given.sweep == "policy" and given.policy:
-        parser.error("the sweep over policies takes no --policy")
+    if given.sweep == "eviction" and given.eviction:
+        parser.error("the sweep over eviction policies takes no --eviction")
     axis_label, points = SWEEPS[given.sweep]
-    default, jobs, places = DEFAULTS | dict(policy=given.policy or "snapkv"), [], []
+    default, jobs, places = DEFAULTS | dict(eviction=given.eviction or smd.Settings.eviction), [], []
     for seed in range(given.seeds):
         for label, line, settings in points:
             settings = default | settings
@@ -88,7 +88,7 @@ def main() -> None:
     groups: dict[tuple[str, str], list] = {}
     for place, result in zip(places, done, strict=True):
         groups.setdefault(place, []).append(figures(*result))
-    name = "-".join(filter(None, (given.sweep, given.policy)))
+    name = "-".join(filter(None, (given.sweep, given.eviction)))
     print(table({", ".join(place): runs for place, runs in groups.items()}, Path("out/sweep") / f"{name}.md"))
     draw(groups, axis_label, Path("out/sweep") / f"{name}.png")
 

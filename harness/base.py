@@ -1,0 +1,167 @@
+"""Where the policy comes from that RL starts with: supervised steps on the task, made once and kept on disk.
+
+First the task's lessons, each until a right answer has probability LEARNED, then the task itself, where a share DROP of
+the prompt's keys is hidden from the answer in each layer and head, so that heads learn not to rely on a single copy of
+what they need. B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
+"""
+
+import ast
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tiny_model
+from harness import runs, streams, tasks, text
+from harness.report import Progress
+from harness.streams import WARMUP, numpy_stream, torch_stream
+from harness.tasks import Example, Task
+from harness.text import tokenize
+from tiny_model import TinyModel, never_evicted, rope_positions
+
+CACHE = Path("out/cache")
+SEED = 0  # of the weights and of the demonstrations
+DROP = 0.3
+LEARNED = 0.5
+LESSON_STEPS = 400  # at most
+LEARNING_RATE = 3e-3
+MOMENTUM = 0.9  # Muon's 0.95 averages over more steps than a lesson takes to be learned
+
+
+def answer_logp(
+    model: TinyModel, encoding: tiktoken.Encoding, examples: list[Example], drop: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the right answers, end of text included, zero past their ends (B, R); and how many tokens (B,).
+
+    Each layer and kv head loses a random share `drop` of the prompt's keys when the prompt ends.
+    """
+    device = model.embed_tokens.weight.device
+    prompt_BP, pad_B = tokenize(encoding, [e.prompt for e in examples], device)
+    answers = [[*encoding.encode_ordinary(e.answer), encoding.eot_token] for e in examples]
+    length_B = torch.tensor([len(answer) for answer in answers], device=device)
+    R, P = max(map(len, answers)), prompt_BP.shape[1]
+    answer_BR = torch.tensor([answer + [encoding.eot_token] * (R - len(answer)) for answer in answers], device=device)
+    tokens_BT = torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1)
+    T = P + R - 1
+    i_T1 = torch.arange(T, device=device)[:, None]
+    j_T = torch.arange(T, device=device)
+    # a row of padding sees at least itself, or it would be 0 / 0
+    always_TT = j_T == i_T1
+
+    def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # nothing is replayed here, so that torch's own attention, in float32, will do
+        evicted_at_BGT = never_evicted(pad_B, T).repeat(1, k.shape[1], 1)
+        dropped_BGT = torch.rand(evicted_at_BGT.shape, generator=generator, device=device) < drop
+        evicted_at_BGT = torch.where(dropped_BGT & (j_T < P), evicted_at_BGT.clamp(max=P), evicted_at_BGT)
+        visible_BGTT = (j_T <= i_T1) & (i_T1 < evicted_at_BGT[:, :, None]) | always_TT
+        visible_BHTT = visible_BGTT.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BHTT, enable_gqa=True)
+
+    hidden_BTC = model.extend(tokens_BT, rope_positions(pad_B, T), attend)
+    logp_BRV = model.logits(hidden_BTC[:, P - 1 :]).log_softmax(dim=-1)
+    logp_BR = logp_BRV.gather(-1, answer_BR[..., None])[..., 0]
+    past_end_BR = torch.arange(R, device=device) >= length_B[:, None]
+    return logp_BR.masked_fill(past_end_BR, 0.0), length_B
+
+
+class WarmUp:
+    """The supervised steps of a model on a task."""
+
+    def __init__(self, model: TinyModel, task: Task, encoding: tiktoken.Encoding):
+        self.model, self.task, self.encoding = model, task, encoding
+        weights = dict(model.named_parameters())
+        # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
+        names = [name for name in weights if name.startswith("layers") and weights[name].ndim == 2]
+        matrices = [weights.pop(name) for name in names]
+        self.optimizers = (
+            torch.optim.Muon(
+                matrices, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.taken = 0
+
+    def loss(self, lesson: int | None, step: int) -> tuple[Tensor, float]:
+        """Of one batch: the mean over its tokens, and the mean probability of a whole right answer."""
+        key = (SEED, WARMUP, lesson or 0, step)
+        examples = self.task.demonstrate(self.task.batch, numpy_stream(*key), lesson)
+        generator = torch_stream(self.model.embed_tokens.weight.device.type, *key)
+        drop = DROP if lesson is None else 0.0
+        logp_BR, length_B = answer_logp(self.model, self.encoding, examples, drop, generator)
+        right = logp_BR.detach().sum(dim=1).exp().mean().item()
+        return -logp_BR.sum() / length_B.sum(), right
+
+    def learn(self, loss: Tensor, rate: float) -> None:
+        self.model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.taken += 1
+        for optimizer in self.optimizers:
+            # up in the first 50 steps of all
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate * min(1.0, self.taken / 50)
+            optimizer.step()
+
+    def lesson(self, lesson: int | None, steps: int) -> None:
+        """Take so many steps on a lesson, or fewer if it is learned before; all of them on the task itself (None)."""
+        name = "warm-up, the task" if lesson is None else f"warm-up, lesson {lesson}"
+        right = 0.0
+        with Progress(name, steps) as progress:
+            for step in range(steps):
+                loss, now = self.loss(lesson, step)
+                right += 0.1 * (now - right)  # a running mean over examples that are new to the model
+                if lesson is not None and right >= LEARNED:
+                    return
+                if not loss.isfinite():
+                    raise FloatingPointError(f"the warm-up's loss is {loss.item()} at step {step}")
+                # down to zero over the second half of the task
+                self.learn(loss, rate=1.0 if lesson is not None else min(1.0, 2 - 2 * step / steps))
+                progress.step(right=right)
+
+
+def meaning(source: Path) -> str:
+    """A Python file without its comments, docstrings and layout: what may change without changing what it computes."""
+    tree = ast.parse(source.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            del body[0]
+    return ast.dump(tree)
+
+
+def base_path(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int) -> Path:
+    """Where the base policy is kept, named by all that determines it: model, task, steps, code and arithmetic."""
+    device = model.embed_tokens.weight.device
+    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type]
+    if device.type == "cuda":
+        arithmetic.append(torch.cuda.get_device_name(device))
+    modules = (tiny_model, streams, tasks, text, sys.modules[__name__])
+    code = [meaning(Path(module.__file__)) for module in modules]
+    key = [model.config, type(task).__name__, vars(task), encoding.name, steps, arithmetic, code]
+    return CACHE / f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
+
+
+def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int) -> None:
+    """Give the model the weights that RL starts from: kept from an earlier run, or made here and kept."""
+    path = base_path(model, task, encoding, steps)
+    if path.exists():
+        runs.restore(path, model)
+        print(f"base policy: read from {path}", flush=True)
+        return
+    print(f"base policy: supervised steps first, about a minute on 2 cores; kept in {CACHE} for later runs", flush=True)
+    began = time.perf_counter()
+    warm_up = WarmUp(model, task, encoding)
+    for lesson in task.lessons:
+        warm_up.lesson(lesson, min(steps, LESSON_STEPS))
+    warm_up.lesson(None, steps)
+    runs.save(path, dict(weights=model.state_dict()))
+    print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)

@@ -1,0 +1,111 @@
+"""A dataclass of settings as a command line, and bad input as one line instead of a traceback.
+
+A setting is a field made by `opt`: its default, its help and its least value stand beside it, and nothing else has to
+be told about it. `parse` reads a command line, `check_values` looks at each value by itself.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+from collections.abc import Callable, Collection
+from typing import get_args
+
+
+class UsageError(ValueError):
+    """What the user gave cannot be used; the message names the value and the fix. The command line exits with 2."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise UsageError with this message unless the condition holds."""
+    if not holds:
+        raise UsageError(message)
+
+
+def opt(group: str, default, help: str, low: float | None = None, free: bool = False):
+    """A field of a dataclass of settings.
+
+    group: the heading under which --help lists it. low: its least value. free: a run that is resumed may have another.
+    """
+    return dataclasses.field(default=default, metadata=dict(group=group, help=help, low=low, free=free))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def fixed_names(settings) -> list[str]:
+    """The settings that a run keeps from beginning to end."""
+    return [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
+
+
+def fill_in(settings, **defaults):
+    """The settings with these values where the user left them open (None)."""
+    left_open = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **left_open)
+
+
+def check_values(settings, choices: dict[str, Collection[str]]) -> None:
+    """Raise UsageError where a number is not finite or too small, or a name is not among the setting's choices."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if value is None:
+            continue
+        low = f.metadata["low"]
+        among = choices.get(f.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{flag(f.name)} must be a finite number, got {value}")
+        if low is not None:
+            require(value >= low, f"{flag(f.name)} must be at least {low}, got {value}")
+        if among is not None:
+            require(value in among, f"{flag(f.name)} must be one of {', '.join(among)}, got {value!r}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+
+def number(text: str) -> int | float:
+    """A count ("18") or a share ("0.5"): how it is written says which."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def parse(settings: type, choices: dict[str, Collection[str]], about: str, argv: list[str] | None) -> dict:
+    """What a command line gives, by the names of the settings; --help lists them by group."""
+    parser = Parser("smd.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {}
+    for f in dataclasses.fields(settings):
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag(f.name), **argument(f, choices.get(f.name)))
+    return vars(parser.parse_args(argv))
+
+
+def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
+    """What argparse is told about a setting."""
+    help = f.metadata["help"]
+    if among is not None:
+        help += f": {', '.join(among)}"
+    if f.default is not None and f.default is not False:
+        help += f" (default: {f.default})"
+    kinds = [kind for kind in get_args(f.type) or (f.type,) if kind is not types.NoneType]
+    if kinds == [bool]:
+        return dict(action="store_true", help=help)
+    kind = number if float in kinds and int in kinds else kinds[0]
+    return dict(type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))
+
+
+def run_command(main: Callable[[], None], name: str, hint: str) -> int:
+    """Run a command and return its exit code: bad input ends with one line and 2, Ctrl-C with one line and 130."""
+    try:
+        main()
+    except (UsageError, FloatingPointError) as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {hint}", file=sys.stderr)
+        return 130
+    return 0

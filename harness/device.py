@@ -1,0 +1,45 @@
+"""Where a run computes: the device and the attention backend, checked before anything is computed; and its clock."""
+
+import time
+
+import torch
+
+import kernel
+from harness.cli import UsageError, require
+
+
+def default() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(device: str, backend: str | None, head_dim: int) -> None:
+    """UsageError where this machine lacks the device, or the backend cannot run on it or on heads of this size."""
+    missing = device == "cuda" and not torch.cuda.is_available()
+    require(not missing, "--device cuda: this machine has no usable CUDA device; take --device cpu")
+    try:
+        chosen = kernel.backend_for(device, backend)
+    except ValueError as e:
+        raise UsageError(f"--{e}") from e
+    fits = chosen != "triton" or head_dim <= 128
+    require(fits, f"--backend triton takes head dims up to 128, got width / heads = {head_dim}")
+
+
+def clock(device: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Times the parts of a step: `lap` ends one, `seconds` holds them all."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.last = clock(device)
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        now = clock(self.device)
+        self.seconds[f"seconds_{part}"] = now - self.last
+        self.last = now

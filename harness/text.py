@@ -1,0 +1,74 @@
+"""Text to tokens and back, and rows of tokens to one padded tensor. N prompts, P columns."""
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from harness.cli import UsageError, require
+from harness.tasks import Example
+
+
+def load_encoding(name: str) -> tiktoken.Encoding:
+    """By default every byte is a token and one special token ends a text: nothing to learn, nothing to download."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+        )
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UsageError(f"--encoding must be bytes or one of {', '.join(known)}, got {name!r}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # whatever the download raises
+        raise UsageError(f"--encoding {name} could not be fetched ({type(e).__name__}); take --encoding bytes") from e
+
+
+def tokenize(encoding: tiktoken.Encoding, texts: list[str], device: str) -> tuple[Tensor, Tensor]:
+    """Prompts as `pad_left` returns them; nothing in a text is taken for a special token."""
+    return pad_left([encoding.encode_ordinary(text) for text in texts], encoding.eot_token, device)
+
+
+def decode(encoding: tiktoken.Encoding, tokens: list[int]) -> str:
+    """Text of sampled tokens up to the end of text; an id that stands for nothing, as some do, reads as U+FFFD."""
+    pieces = []
+    for token in tokens:
+        if token == encoding.eot_token:
+            break
+        try:
+            pieces.append(encoding.decode_single_token_bytes(token))
+        except KeyError:
+            pieces.append("\ufffd".encode())
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def pad_left(rows: list[list[int]], fill: int, device: str) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as one tensor (N, P), flush right, and how many columns of padding each row begins with (N,)."""
+    P = max(map(len, rows))
+    tokens_NP = torch.tensor([[fill] * (P - len(row)) + row for row in rows], device=device)
+    return tokens_NP, torch.tensor([P - len(row) for row in rows], device=device)
+
+
+def check_prompt(encoding: tiktoken.Encoding, prompt: str, max_new: int, context: int, where: str) -> int:
+    """Tokens of a prompt; UsageError where there are none, or too many for a response of max_new to follow."""
+    tokens = len(encoding.encode_ordinary(prompt))
+    require(tokens > 0, f"{where}the prompt must not be empty")
+    fits = tokens + max_new <= context
+    require(
+        fits, f"{where}a prompt of {tokens} tokens with --max-new {max_new} exceeds the context of {context} tokens"
+    )
+    return tokens
+
+
+def check_examples(
+    encoding: tiktoken.Encoding, examples: list[Example], max_new: int, context: int, source: str | None
+) -> Tensor:
+    """Tokens of each prompt (N,); UsageError, with the example's number, where a prompt or an answer does not fit."""
+    lengths = []
+    for n, (prompt, answer) in enumerate(examples, start=1):
+        where = "" if source is None else f"{source}, example {n}: "
+        lengths.append(check_prompt(encoding, prompt, max_new, context, where))
+        tokens = len(encoding.encode_ordinary(answer)) + 1
+        fits = tokens <= max_new
+        require(fits, f"{where}an answer of {tokens} tokens with its end exceeds --max-new {max_new}")
+    return torch.tensor(lengths)
