@@ -17,7 +17,7 @@ longest possible response, not by each response's own length, so that all tokens
 is averaged over the batch's response tokens; (4) one update per batch of rollouts unless `--epochs` says otherwise;
 (5) the S samples of a prompt share its prefill and therefore what is evicted right after it.
 
-    python smd.py                                  the demonstration: 150 steps on the chain task
+    python smd.py                                  the demonstration: 100 steps on the chain task
     python smd.py --data FILE.jsonl                on prompts and answers of your own
     python smd.py --resume --out out/smd-001       go on after an interruption
 
@@ -70,7 +70,7 @@ class Settings:
     method: str = everyday("smd", "what the learner sees, and the weights it gives to tokens")
     eviction: str = everyday("snapkv", "eviction policy: which keys the sampler keeps")
     budget: int | float | None = everyday(None, "keys kept: a count, or a share of the prompt (default: 22; text 0.5)")
-    steps: int = everyday(150, "steps of sampling and learning", 0, free=True)
+    steps: int = everyday(100, "steps of sampling and learning", 0, free=True)
     lr: float = everyday(4e-4, "learning rate", 0)
     seed: int = everyday(0, "seed of the training prompts and of the sampler", 0)
     data: str | None = everyday(None, "JSONL of prompt and answer, or of GSM8K's question and answer")
@@ -818,7 +818,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     run = runs.Run(s)
     if not run.resume(policy, optimizer):
-        base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps)
+        base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps, s.backend)
         if policy.reference is not None:
             policy.reference.load_state_dict(agent.model.state_dict())
         run.start(agent.evaluate(), policy, optimizer)
@@ -830,7 +830,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                 row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
             run.log(row, policy, optimizer)
             progress.step(reward=row["reward"], accuracy=row["accuracy"])
-    return run.finish(agent.evaluate(), agent.task.held_out(1)[0].prompt)
+    return run.finish(run.evaluated() or agent.evaluate(), agent.task.held_out(1)[0].prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

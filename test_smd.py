@@ -1109,6 +1109,21 @@ def test_11_the_area_of_the_tiles_follows_the_visible_pairs(T):
     assert kernels.tile_ratio(record, 0, T, blocks, epoch=1) > 2
 
 
+def test_11_the_benchmark_on_a_cpu_prints_only_what_it_measured(tmp_path, monkeypatch, capsys):
+    """Catches columns that only a GPU can fill: `nan` MiB and 0.00 TFLOP/s stood beside the milliseconds."""
+    file = tmp_path / "new" / "kernels.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "LENGTHS", (128,))
+    monkeypatch.setattr(kernels, "CPU_LENGTHS", (16,))
+    monkeypatch.setattr(sys, "argv", ["kernels", "--out", str(file)])
+    assert kernels.main() == 0
+    *tables, path = capsys.readouterr().out.splitlines()
+    assert path == str(file) and not [line for line in tables if "nan" in line or "TFLOP" in line]
+    found = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert len(found["tile_ratios"]) == len(kernels.PATTERNS) and len(found["times"]) == 4
+    assert all(row["forward"] > 0 and row["both"] > 0 for row in found["times"])
+
+
 # Lemma 12: the kernels compile for GPUs that are not here, fit, and do not spill
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may have

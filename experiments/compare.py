@@ -1,9 +1,9 @@
 """All methods from one base policy: final accuracies, gradients' troubles, learning curves.
 
-    python -m experiments.compare                                    6 methods x (3 + 5) runs
+    python -m experiments.compare                                    6 methods x (4 + 5) runs
     python -m experiments.compare --methods smd naive --seeds 3      part of it; what is finished is never run again
 
-Each method gets the same search: three learning rates on one seed outside the reported ones; the one with the highest
+Each method gets the same search: four learning rates on one seed outside the reported ones; the one with the highest
 mean reward of its own rollouts over the last quarter of the steps is taken. Per seed all methods see the same prompts.
 """
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 import smd
 from experiments.common import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
 
-LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4), 100
+LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4, 8e-4), 100
 
 
 def best_rates(searched: dict[tuple[str, float], tuple[dict, list[dict]]]) -> dict[str, float]:

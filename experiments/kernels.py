@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import kernel
 from kernel import EPOCH, NEVER, Blocks
@@ -29,8 +30,8 @@ H, G = 16, 4
 LENGTHS = 2048, 8192, 32768
 CPU_LENGTHS = 512, 1024
 ORDERS = {"position": None, "time of death": 1, f"epoch of {EPOCH}": EPOCH}  # of the keys -> epoch of `list_tiles`
-COLUMNS = dict(forward="forward ms", both="+ backward ms")
-CUDA_COLUMNS = COLUMNS | dict(prepare="prepare ms", tflops_forward="TFLOP/s", tflops_both="+ backward", mib="MiB")
+CPU_COLUMNS = dict(forward="forward ms", both="+ backward ms")  # figure of `measure` -> heading
+CUDA_COLUMNS = CPU_COLUMNS | dict(prepare="prepare ms", tflops_forward="TFLOP/s", tflops_both="+ backward", mib="MiB")
 
 
 def prompt_length(T: int) -> int:
@@ -105,9 +106,7 @@ def milliseconds(run: Callable, device: str) -> float:
 
 
 def dense_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries that stand at the end of the keys."""
-    from torch.nn.attention.bias import causal_lower_right
-
+    """Causal attention, the queries at the last positions of the keys."""
     Tq, T = q.shape[2], k.shape[2]
     mask = dict(is_causal=True) if Tq == T else dict(attn_mask=causal_lower_right(Tq, T))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
@@ -187,25 +186,32 @@ def shapes(device: str) -> Iterator[tuple[int, int, int, str]]:
         yield D, T, prompt_length(T) if response_only else 0, pattern
 
 
-def time_table(device: str) -> list[dict]:
-    """Print the speed of every contender at every shape; the same as rows."""
-    cuda = device == "cuda"
-    dtype, contenders, columns = (
-        (torch.bfloat16, cuda_contenders, CUDA_COLUMNS) if cuda else (torch.float32, cpu_contenders, COLUMNS)
-    )
-    print(f"\nB = 1, H = {H}, G = {G}, {dtype}" + (", TFLOP/s on visible pairs" if cuda else ""))
-    print(f"{'D':>3} {'T':>6} {'pattern':9} {'rows':9} {'name':6}" + "".join(f"{c:>15}" for c in columns.values()))
-    rows = []
+def measurements(device: str, dtype: torch.dtype, contenders: Callable) -> Iterator[dict]:
+    """Every contender at every shape, on random queries, keys and values and a record for each kv head."""
     for D, T, q_start, pattern in shapes(device):
         record = torch.stack([PATTERNS[pattern](T, seed=seed) for seed in range(G)])[None].to(device)
         sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
         qkv = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
         pairs = visible_pairs(record, q_start, T - q_start) * H // G
         for name, prepare in contenders(*qkv, record, q_start).items():
-            row = measure(prepare, qkv, pairs)
-            rows.append(dict(name=name, D=D, T=T, q_start=q_start, pattern=pattern) | row)
-            figures = "  " + row["error"] if "error" in row else "".join(f"{row[c]:15.2f}" for c in columns)
-            print(f"{D:3} {T:6} {pattern:9} {'response' if q_start else 'all':9} {name:6}" + figures, flush=True)
+            yield dict(name=name, D=D, T=T, q_start=q_start, pattern=pattern) | measure(prepare, qkv, pairs)
+
+
+def time_table(device: str) -> list[dict]:
+    """Print what `measurements` finds, as it is found; the same as rows."""
+    if device == "cuda":
+        dtype, contenders, columns = torch.bfloat16, cuda_contenders, CUDA_COLUMNS
+        print("\nTFLOP/s count visible pairs only; MiB is the peak of forward and backward, with what was prepared")
+    else:
+        dtype, contenders, columns = torch.float32, cpu_contenders, CPU_COLUMNS
+    print(f"\nB = 1, H = {H}, G = {G}, {dtype}")
+    print(f"{'D':>3} {'T':>6} {'pattern':9} {'rows':9} {'name':6}" + "".join(f"{c:>15}" for c in columns.values()))
+    rows = []
+    for row in measurements(device, dtype, contenders):
+        where = "response" if row["q_start"] else "all"
+        figures = "  " + row["error"] if "error" in row else "".join(f"{row[key]:15.2f}" for key in columns)
+        print(f"{row['D']:3} {row['T']:6} {row['pattern']:9} {where:9} {row['name']:6}" + figures, flush=True)
+        rows.append(row)
     return rows
 
 
@@ -222,23 +228,22 @@ def writable(text: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=writable, default="out/kernels.json", help="JSON file for all figures")
+    parser.add_argument("--out", type=writable, default="out/kernels.json", help="file for all figures, as JSON")
     out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     found = dict(device=name, torch=torch.__version__)
-    right = True
+    errors = {}
     if device == "cuda":
         torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
         errors = kernel.check(device)
-        right = all(error < kernel.LIMIT for error in errors.values())
         # JSON has no NaN
         found["errors"] = {case: error if math.isfinite(error) else None for case, error in errors.items()}
     found["tile_ratios"] = tile_table()
     found["times"] = time_table(device)
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(out)
-    return int(not right)
+    return int(not all(error < kernel.LIMIT for error in errors.values()))
 
 
 if __name__ == "__main__":

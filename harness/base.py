@@ -1,8 +1,8 @@
 """Where the policy comes from that RL starts with: supervised steps on the task, made once and kept on disk.
 
-First the task's lessons, each until a right answer has probability LEARNED, then the task itself, where a share DROP of
-the prompt's keys is hidden from the answer in each layer and head, so that heads learn not to rely on a single copy of
-what they need. B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
+First the task's lessons, each until a right answer has probability LEARNED, then the task itself. A share DROP of the
+prompt's keys is hidden from the answer in each layer and head, so that heads learn not to rely on a single copy of what
+they need. B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
 """
 
 import ast
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import tiktoken
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import kernel
 import tiny_model
 from harness import runs, streams, tasks, text
 from harness.report import Progress
 from harness.streams import WARMUP, numpy_stream, torch_stream
 from harness.tasks import Example, Task
 from harness.text import tokenize
-from tiny_model import TinyModel, never_evicted, rope_positions
+from tiny_model import TinyModel, never_evicted
 
 CACHE = Path("out/cache")
 SEED = 0  # of the weights and of the demonstrations
@@ -30,15 +30,18 @@ DROP = 0.3
 LEARNED = 0.5
 LESSON_STEPS = 400  # at most
 LEARNING_RATE = 3e-3
-MOMENTUM = 0.9  # Muon's 0.95 averages over more steps than a lesson takes to be learned
 
 
 def answer_logp(
-    model: TinyModel, encoding: tiktoken.Encoding, examples: list[Example], drop: float, generator: torch.Generator
+    model: TinyModel,
+    encoding: tiktoken.Encoding,
+    examples: list[Example],
+    generator: torch.Generator,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the right answers, end of text included, zero past their ends (B, R); and how many tokens (B,).
 
-    Each layer and kv head loses a random share `drop` of the prompt's keys when the prompt ends.
+    Each layer and kv head loses a random share DROP of the prompt's keys when the prompt ends.
     """
     device = model.embed_tokens.weight.device
     prompt_BP, pad_B = tokenize(encoding, [e.prompt for e in examples], device)
@@ -46,23 +49,12 @@ def answer_logp(
     length_B = torch.tensor([len(answer) for answer in answers], device=device)
     R, P = max(map(len, answers)), prompt_BP.shape[1]
     answer_BR = torch.tensor([answer + [encoding.eot_token] * (R - len(answer)) for answer in answers], device=device)
-    tokens_BT = torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1)
-    T = P + R - 1
-    i_T1 = torch.arange(T, device=device)[:, None]
-    j_T = torch.arange(T, device=device)
-    # a row of padding sees at least itself, or it would be 0 / 0
-    always_TT = j_T == i_T1
+    evicted_at_LBGT = never_evicted(pad_B, P + R - 1).repeat(model.config.layers, 1, model.config.kv_heads, 1)
+    prompt_LBGP = evicted_at_LBGT[..., :P]  # a view: what is written to it is written to the record
+    dropped_LBGP = torch.rand(prompt_LBGP.shape, generator=generator, device=device) < DROP
+    prompt_LBGP.copy_(torch.where(dropped_LBGP, prompt_LBGP.clamp(max=P), prompt_LBGP))  # padding stays hidden
 
-    def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # nothing is replayed here, so that torch's own attention, in float32, will do
-        evicted_at_BGT = never_evicted(pad_B, T).repeat(1, k.shape[1], 1)
-        dropped_BGT = torch.rand(evicted_at_BGT.shape, generator=generator, device=device) < drop
-        evicted_at_BGT = torch.where(dropped_BGT & (j_T < P), evicted_at_BGT.clamp(max=P), evicted_at_BGT)
-        visible_BGTT = (j_T <= i_T1) & (i_T1 < evicted_at_BGT[:, :, None]) | always_TT
-        visible_BHTT = visible_BGTT.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BHTT, enable_gqa=True)
-
-    hidden_BTC = model.extend(tokens_BT, rope_positions(pad_B, T), attend)
+    hidden_BTC = model(torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1), pad_B, evicted_at_LBGT, backend)
     logp_BRV = model.logits(hidden_BTC[:, P - 1 :]).log_softmax(dim=-1)
     logp_BR = logp_BRV.gather(-1, answer_BR[..., None])[..., 0]
     past_end_BR = torch.arange(R, device=device) >= length_B[:, None]
@@ -72,16 +64,14 @@ def answer_logp(
 class WarmUp:
     """The supervised steps of a model on a task."""
 
-    def __init__(self, model: TinyModel, task: Task, encoding: tiktoken.Encoding):
-        self.model, self.task, self.encoding = model, task, encoding
+    def __init__(self, model: TinyModel, task: Task, encoding: tiktoken.Encoding, backend: str | None):
+        self.model, self.task, self.encoding, self.backend = model, task, encoding, backend
         weights = dict(model.named_parameters())
         # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
         names = [name for name in weights if name.startswith("layers") and weights[name].ndim == 2]
         matrices = [weights.pop(name) for name in names]
         self.optimizers = (
-            torch.optim.Muon(
-                matrices, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.taken = 0
@@ -91,8 +81,7 @@ class WarmUp:
         key = (SEED, WARMUP, lesson or 0, step)
         examples = self.task.demonstrate(self.task.batch, numpy_stream(*key), lesson)
         generator = torch_stream(self.model.embed_tokens.weight.device.type, *key)
-        drop = DROP if lesson is None else 0.0
-        logp_BR, length_B = answer_logp(self.model, self.encoding, examples, drop, generator)
+        logp_BR, length_B = answer_logp(self.model, self.encoding, examples, generator, self.backend)
         right = logp_BR.detach().sum(dim=1).exp().mean().item()
         return -logp_BR.sum() / length_B.sum(), right
 
@@ -138,28 +127,28 @@ def meaning(source: Path) -> str:
     return ast.dump(tree)
 
 
-def base_path(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int) -> Path:
+def base_path(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int, backend: str | None) -> Path:
     """Where the base policy is kept, named by all that determines it: model, task, steps, code and arithmetic."""
     device = model.embed_tokens.weight.device
-    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type]
+    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type, backend]
     if device.type == "cuda":
         arithmetic.append(torch.cuda.get_device_name(device))
-    modules = (tiny_model, streams, tasks, text, sys.modules[__name__])
+    modules = (kernel, tiny_model, streams, tasks, text, sys.modules[__name__])
     code = [meaning(Path(module.__file__)) for module in modules]
     key = [model.config, type(task).__name__, vars(task), encoding.name, steps, arithmetic, code]
     return CACHE / f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
 
 
-def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int) -> None:
+def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int, backend: str | None) -> None:
     """Give the model the weights that RL starts from: kept from an earlier run, or made here and kept."""
-    path = base_path(model, task, encoding, steps)
+    path = base_path(model, task, encoding, steps, backend)
     if path.exists():
         runs.restore(path, model)
         print(f"base policy: read from {path}", flush=True)
         return
     print(f"base policy: supervised steps first, about a minute on 2 cores; kept in {CACHE} for later runs", flush=True)
     began = time.perf_counter()
-    warm_up = WarmUp(model, task, encoding)
+    warm_up = WarmUp(model, task, encoding, backend)
     for lesson in task.lessons:
         warm_up.lesson(lesson, min(steps, LESSON_STEPS))
     warm_up.lesson(None, steps)

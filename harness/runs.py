@@ -171,8 +171,7 @@ class Run:
     def log(self, row: dict, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep a step's row and, every SAVE_EVERY steps and after the last, all that going on from here needs."""
         self.rows.append(row)
-        held_out = {cache: row[f"held_out_{cache}"] for cache in self.before if f"held_out_{cache}" in row}
-        if held_out:
+        if held_out := self.evaluated():
             tqdm.write(f"step {len(self.rows)}: {report.accuracies(held_out)}")  # above the bar, where there is one
         with open(self.metrics_path, "a") as f:
             print(json.dumps(row), file=f)
@@ -180,6 +179,14 @@ class Run:
             os.fsync(f.fileno())  # a checkpoint must not outlive its rows
         if len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.settings.steps:
             self.save_checkpoint(policy, optimizer)
+
+    def evaluated(self) -> dict[str, float]:
+        """Accuracies of the policy as it is, if they were taken after the last step or it is the base policy."""
+        if not self.rows:
+            return self.before
+        return {
+            cache: self.rows[-1][f"held_out_{cache}"] for cache in self.before if f"held_out_{cache}" in self.rows[-1]
+        }
 
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state = dict(step=len(self.rows), before=self.before)
