@@ -106,7 +106,8 @@ def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch:
     # the last tile is filled up with copies of the last key that no query sees
     evicted_at_BGK = F.pad(evicted_at, (0, -evicted_at.shape[-1] % blocks.N))
     j = torch.arange(evicted_at_BGK.shape[-1], device=evicted_at.device)
-    unseen_BGK = (evicted_at_BGK <= j.clamp(min=q_start)) | (j > last)
+    first_query = j.clamp(min=q_start)  # that could see the key
+    unseen_BGK = (evicted_at_BGK <= first_query) | (j > last)
     order_BGK = j.expand_as(evicted_at_BGK)
     if epoch is not None:
         # latest first, keys that no query sees last; a stable sort leaves each epoch in the order of positions

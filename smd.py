@@ -7,8 +7,8 @@ the one integer that is each key's life, evicted_at, and the learner replays exa
     visible(i, j) = j <= i < evicted_at[j]                                   query i, key j
     loss = GRPO(π_shadow) + λ · KL(π_dense ‖ stop-gradient(π_shadow))        λ = 0.1
 
-π_shadow, the learner under that mask, equals π_sparse, so its policy gradient (track 1) is on-policy. It holds the
-choice of keys constant: which keys are kept jumps as the weights move, and the gradient says nothing about that choice.
+π_shadow, the learner under that mask, equals π_sparse, so its policy gradient (track 1) is on-policy. It takes the
+choice of keys as given: which keys are kept jumps as the weights move, and the gradient says nothing about that choice.
 π_dense, the learner under the full causal mask, follows π_shadow (track 2), so that the trained model also serves with
 a full cache.
 
@@ -19,7 +19,6 @@ is averaged over the batch's response tokens; (4) one update per batch of rollou
 
     python smd.py                                  the demonstration: 100 steps on the chain task
     python smd.py --data FILE.jsonl                on prompts and answers of your own
-    python smd.py --resume --out out/smd-001       go on after an interruption
 
 Dimension letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns,
 T = P + R, K cached keys, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, V vocabulary, X
@@ -57,9 +56,10 @@ GAE_LAMBDA = 0.95  # as in PPO's paper
 VALUE_COEF = 0.5  # of the critic's loss, likewise
 DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
+SCRATCH = {"cpu": 2**20, "cuda": 2**28}  # keys, and values, that decoding converts to float64 at a time
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
-GROUPS = "everyday", "what the sampler keeps", "how the learner learns", "task and model", "the run"
+GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
 everyday, sampling, learning, asking, running = (partial(opt, group) for group in GROUPS)
 
 
@@ -67,37 +67,39 @@ everyday, sampling, learning, asking, running = (partial(opt, group) for group i
 class Settings:
     """All that a run depends on. What is None here is decided in `checked`, by the task and the machine."""
 
-    method: str = everyday("smd", "what the learner sees, and the weights it gives to tokens")
+    method: str = everyday("smd", "smd replays, naive ignores eviction, dense never evicts, the others reweight")
     eviction: str = everyday("snapkv", "eviction policy: which keys the sampler keeps")
     budget: int | float | None = everyday(None, "keys kept: a count, or a share of the prompt (default: 22; text 0.5)")
-    steps: int = everyday(100, "steps of sampling and learning", 0, free=True)
+    steps: int = everyday(100, "steps of sampling and learning, in all", 0, free=True)
     lr: float = everyday(4e-4, "learning rate", 0)
-    seed: int = everyday(0, "seed of the training prompts and of the sampler", 0)
+    seed: int = everyday(0, "seed of the training prompts and of the sampler; the base policy has its own", 0)
     data: str | None = everyday(None, "JSONL of prompt and answer, or of GSM8K's question and answer")
     out: str | None = everyday(None, "folder of the run (default: a new one under out/)", free=True)
     resume: bool = everyday(False, "continue the run in --out; what is not given is taken from it", free=True)
     prompt: str | None = everyday(None, "with --resume: answer this prompt from the checkpoint, and stop", free=True)
     interval: int = sampling(4, "response tokens between two compressions of the cache", 1)
-    window: int = sampling(4, "last queries that snapkv and rkv read; they and random keep their keys", 1)
+    window: int = sampling(
+        4, "last queries, which snapkv and rkv read, and whose keys these two and random always keep", 1
+    )
     sinks: int = sampling(1, "first keys, which streaming, snapkv and random always keep", 0)
     pool: int | None = sampling(None, "snapkv: neighbours that a score is averaged over (default: 1; text 5)", 1)
     prompts: int | None = sampling(None, "prompts per step (default: 32; text 8)", 1)
     samples: int = sampling(8, "samples per prompt: the group of GRPO", 1)
     max_new: int | None = sampling(None, "longest response, in tokens (default: hops + 1; text 128)", 1)
-    objective: str = learning("grpo", "what is maximised; dr_grpo: without the group's std")
+    objective: str = learning("grpo", "what is maximised; dr_grpo is grpo without the group's std")
     lam: float = learning(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
-    kl_ref: float = learning(0.0, "weight of k3, the KL to the base policy", 0)
+    kl_ref: float = learning(0.0, "weight of the KL penalty to the base policy, by the estimator k3", 0)
     epochs: int = learning(1, "passes over a batch of rollouts", 1)
     minibatches: int = learning(1, "updates in a pass, each on a part of the prompts", 1)
-    task: str | None = asking(None, "what is asked (default: chain; with --data text)")
+    task: str | None = asking(None, "what is asked (default: chain, or text if --data is given)")
     hops: int = asking(6, "chain: letters in the answer", 1)
     encoding: str = asking("bytes", "'bytes', which downloads nothing, or the name of one of tiktoken's encodings")
     width: int = asking(128, "model width", 1)
     warmup_steps: int | None = asking(None, "supervised steps of the base policy (default: 400; text 100)", 0)
     eval_every: int = running(25, "steps between two evaluations on held-out prompts; 0: only before and after", 0)
     eval_prompts: int = running(1024, "held-out prompts of an evaluation, at most", 1)
-    device: str | None = running(None, "default: cuda where there is one", free=True)
-    backend: str | None = running(None, "attention; default: triton on cuda, else torch", free=True)
+    device: str | None = running(None, "where to compute (default: cuda where there is one)", free=True)
+    backend: str | None = running(None, "attention (default: triton on cuda, else torch)", free=True)
     overwrite: bool = running(False, "replace the run in --out", free=True)
 
 
@@ -122,7 +124,7 @@ def checked(s: Settings) -> Settings:
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the sampler keeps, in each layer and kv head; window, sinks and pool as the policy's `Rule` uses them."""
+    """What the sampler keeps in each layer and kv head; window, sinks and pool where the policy's `Rule` says so."""
 
     policy: str
     budget: int | float  # entries: a count, or a share of each prompt
@@ -133,9 +135,10 @@ class Eviction:
 
     def keep(self, length_N: Tensor) -> Tensor:
         """Entries to keep of prompts of these lengths (N,); UsageError where the policy is forced to keep more."""
-        keep_N = torch.full_like(length_N, int(self.budget))
-        of = ""
-        if isinstance(self.budget, float):
+        if isinstance(self.budget, int):
+            keep_N = torch.full_like(length_N, self.budget)
+            of = ""
+        else:
             require(0 < self.budget <= 1, f"budget, as a share, must be above 0 and at most 1, got {self.budget}")
             keep_N = (length_N * self.budget).ceil().long()
             of = f" ({self.budget} of a prompt of {length_N.min()} tokens)"
@@ -143,15 +146,14 @@ class Eviction:
         forced = {"sinks": self.sinks} if rule.sinks else {}
         forced |= {"window": self.window} if rule.window else {"1": 1}
         least = sum(forced.values())
-        names = " + ".join(forced)
-        need = names if names == "1" else f"{names} = {least}"
+        need = f"{' + '.join(forced)} = {least}".removeprefix("1 = ")
         require(keep_N.min() >= least, f"budget must be at least {need}, got {keep_N.min()}{of}")
         return keep_N
 
 
 @dataclass
 class Entries:
-    """A layer's keys as a policy sees them, in column order, the dead before the live. B: prompts, later sequences."""
+    """A layer's keys as a policy sees them: the dead, then the live in column order. B: prompts, or later sequences."""
 
     eviction: Eviction
     generator: torch.Generator | None
@@ -174,6 +176,7 @@ class Entries:
 
 def window_logits(e: Entries) -> Tensor:
     """Logits of the recent queries over the live keys, (B, G, M, W, K); -inf where a query cannot see a key."""
+    assert e.q_BHWD.shape[2], "a policy that reads queries says so in its rule"
     q_BGMWD = e.q_BHWD.unflatten(1, (e.k_BGKD.shape[1], -1))
     logits_BGMWK = q_BGMWD @ e.k_BGKD[:, :, None].transpose(-1, -2) * q_BGMWD.shape[-1] ** -0.5
     q_column_W = torch.arange(e.now - e.q_BHWD.shape[2], e.now, device=e.q_BHWD.device)
@@ -245,7 +248,7 @@ class Rule(NamedTuple):
     score: Callable[[Entries], Tensor]  # (B, G, K): higher is kept
     sinks: bool = False  # the first keys always stay, as many as `Eviction.sinks`
     window: bool = False  # the last keys always stay, as many as `Eviction.window`
-    reads_queries: bool = False  # the last ones: those of the window or, without a window, one
+    reads_queries: bool = False  # the last ones, `Eviction.window` of them or, in a rule without a window, one
     accumulates: bool = False  # reads the attention that each key has received
 
 
@@ -263,7 +266,7 @@ EVICTIONS = {
 def select_and_record(e: Entries, keep: int, evicted_at_BGT: Tensor) -> Tensor:
     """Pick each head's best entries and write the death of the others into evicted_at_BGT: slots (B, G, keep).
 
-    Slots are places in the cache, columns in the sequence. The first ones returned are dead where fewer keys survive.
+    Slots are places in the cache, columns in the sequence. Where fewer than `keep` survive, the first ones are dead.
     """
     rule = EVICTIONS[e.eviction.policy]
     score_BGK = rule.score(e)
@@ -272,17 +275,14 @@ def select_and_record(e: Entries, keep: int, evicted_at_BGT: Tensor) -> Tensor:
     if rule.window:
         score_BGK = score_BGK.masked_fill(e.newest(e.eviction.window), math.inf)
     score_BGK = score_BGK.masked_fill(~e.live_BGK, -math.inf)
-
     # who survives: the best within the sequence's own budget. Stable, so that ties fall the same way on every device
     slot_BGn = score_BGK.argsort(dim=-1, descending=True, stable=True)[..., :keep]
     within_B1n = torch.arange(keep, device=slot_BGn.device) < e.keep_B[:, None, None]
     survives_BGn = e.live_BGK.gather(-1, slot_BGn) & within_B1n
-
     # the record: who was alive and does not survive is gone from the next query on
     survives_BGK = torch.zeros_like(e.live_BGK).scatter(-1, slot_BGn, survives_BGn)
     before_BGK = evicted_at_BGT.gather(-1, e.column_BGK)
     evicted_at_BGT.scatter_(-1, e.column_BGK, before_BGK.masked_fill(e.live_BGK & ~survives_BGK, e.now))
-
     # the order: by column again, because policies that pool look at neighbours; the dead go first, out of the way
     column_BGn = e.column_BGK.gather(-1, slot_BGn).masked_fill(~survives_BGn, -1)
     return slot_BGn.gather(-1, column_BGn.argsort(dim=-1, stable=True))
@@ -319,24 +319,27 @@ class Rollout:
 class Cache:
     """For every (layer, sequence, kv head), slots for a key, its value, its column and the attention that it received.
 
-    Allocated once, at budget + interval slots; the first `used` hold something. `prefill` and `decode` are what layers
-    attend with. `memory` counts what is alive here and while entries are chosen and moved.
+    Allocated once, at budget + interval slots; from the end of the prompt on the first `used` hold something. Layers
+    attend with `prefill` and `decode`. `memory` counts what is alive here and while entries are chosen and moved.
     """
 
     def __init__(self, model: TinyModel, pad_N: Tensor, S: int, P: int, max_new: int, eviction, generator, backend):
-        # a full cache is one whose budget nothing exceeds
-        self.eviction = eviction or Eviction("streaming", P + max_new, sinks=0)
+        self.eviction = eviction or Eviction("streaming", P + max_new, sinks=0)  # a budget that nothing exceeds
         self.rule = EVICTIONS[self.eviction.policy]
-        self.generator, self.backend, self.S = generator, backend, S
-        self.pad_N, self.keep_N = pad_N, self.eviction.keep(P - pad_N)
-        self.pad_B, self.keep_B = (x_N.repeat_interleave(S) for x_N in (self.pad_N, self.keep_N))
+        self.generator = generator
+        self.backend = backend
+        self.S = S
+        self.pad_N, self.pad_B = pad_N, pad_N.repeat_interleave(S)
+        self.keep_N = self.eviction.keep(P - pad_N)
+        self.keep_B = self.keep_N.repeat_interleave(S)
         self.least, self.most = self.keep_N.min().item(), self.keep_N.max().item()
-        self.P = self.length = P  # columns so far, which is also the column of the next query
-        self.used = min(P, self.most)  # from the end of the prompt on
-
+        self.P = P
+        self.length = P  # columns so far, which is also the column of the next query
+        self.used = min(P, self.most)
         c, like = model.config, model.embed_tokens.weight
         shape = c.layers, len(self.pad_B), c.kv_heads, min(self.most + self.eviction.interval, P + max_new)
-        W = (self.eviction.window if self.rule.window else 1) if self.rule.reads_queries else 0
+        W = self.eviction.window if self.rule.window else 1
+        W = W if self.rule.reads_queries else 0
         self.k = like.new_zeros(*shape, c.head_dim)
         self.v = torch.zeros_like(self.k)
         self.column = like.new_zeros(shape, dtype=torch.int32)
@@ -358,7 +361,7 @@ class Cache:
             e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, now=P)
             if self.rule.accumulates:
                 # 128 queries at a time: P × P weights would be the memory that the cache is there to save
-                blocks = [dataclasses.replace(e, q_BHWD=q[:, :, c], now=c[-1] + 1) for c in column_P.split(128)]
+                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, c], now=c[-1] + 1) for c in column_P.split(128))
                 e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
             slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.least < P else e.column_BGK
             self.store(l, slot_NGn, e)
@@ -372,21 +375,24 @@ class Cache:
         self.v[l][:, :, self.used] = v[:, :, 0]
         self.column[l][:, :, self.used] = self.length
         self.q[l] = torch.cat((self.q[l], q), dim=2)[:, :, 1:]
-        e = self.entries(l, self.used + 1)
+        e = self.entries(l, self.used + 1, now=self.length + 1)
         if self.rule.accumulates:
             e.received_BGK[:, :, self.used] = 0.0  # the slot may have held another key
-            e.received_BGK += window_attention(dataclasses.replace(e, q_BHWD=q, now=self.length + 1)).sum(dim=(2, 3))
+            e.received_BGK += window_attention(dataclasses.replace(e, q_BHWD=q)).sum(dim=(2, 3))
         # the definition itself, on slots instead of positions: a learner that attends by it gets the same sums
         evicted_at_BGK = torch.where(e.live_BGK, NEVER, 0).to(torch.int32)
-        return attention_torch(q, e.k_BGKD, e.v_BGKD, evicted_at_BGK, q_start=self.used)
+        # a part of the sequences at a time, because the float64 copies of all of them would leave the processor's cache
+        part = max(1, SCRATCH[q.device.type] // e.k_BGKD[0].numel())
+        pieces = zip(*(x.split(part) for x in (q, e.k_BGKD, e.v_BGKD, evicted_at_BGK)), strict=True)
+        return torch.cat([attention_torch(*piece, q_start=self.used) for piece in pieces])
 
-    def entries(self, l: int, used: int) -> Entries:
+    def entries(self, l: int, used: int, now: int) -> Entries:
         """The first slots of a layer, as views: what is written to them is written to the cache."""
         column_BGK = self.column[l][:, :, :used].long()
         live_BGK = self.evicted_at[l].gather(-1, column_BGK) == NEVER
         received_BGK = self.received[l][:, :, :used] if self.rule.accumulates else None
         slots = self.k[l][:, :, :used], self.v[l][:, :, :used], column_BGK, live_BGK, received_BGK, self.q[l]
-        return Entries(self.eviction, self.generator, *slots, self.pad_B, self.keep_B, self.length)
+        return Entries(self.eviction, self.generator, *slots, self.pad_B, self.keep_B, now)
 
     def token_done(self) -> None:
         """Every layer has the token: count it, and at the end of an interval return to the budget, in place."""
@@ -396,7 +402,7 @@ class Cache:
             keep = min(self.used, self.most)
             for l in range(len(self.k)):
                 with self.memory:
-                    e = self.entries(l, self.used)
+                    e = self.entries(l, self.used, now=self.length)
                     self.store(l, select_and_record(e, keep, self.evicted_at[l]), e)
             self.used = keep
 
@@ -406,13 +412,14 @@ class Cache:
         X counts sequences or, right after the prompt, prompts, and then each of their samples gets a copy.
         """
         X, _, n = slot_XGn.shape
+        index_XGnD = slot_XGn[..., None].expand(-1, -1, -1, e.k_BGKD.shape[-1])
 
         def move(slots_LBGK: Tensor, entries_XGK: Tensor, index_XGn: Tensor) -> None:
-            chosen_XGn = entries_XGK.take_along_dim(index_XGn, dim=2)
+            chosen_XGn = entries_XGK.gather(2, index_XGn)
             slots_LBGK[l].unflatten(0, (X, -1))[:, :, :, :n] = chosen_XGn[:, None]
 
-        move(self.k, e.k_BGKD, slot_XGn[..., None])
-        move(self.v, e.v_BGKD, slot_XGn[..., None])
+        move(self.k, e.k_BGKD, index_XGnD)
+        move(self.v, e.v_BGKD, index_XGnD)
         move(self.column, e.column_BGK, slot_XGn)
         if self.rule.accumulates:
             move(self.received, e.received_BGK, slot_XGn)
@@ -429,7 +436,6 @@ def sample(
     prompt_NP: int64 tokens, left-padded by pad_N columns. A response ends with `eos` or after max_new tokens. eviction:
     None for a full cache. forced_BR: "draw" these tokens. Raises UsageError where the budget does not hold what the
     policy is forced to keep, FloatingPointError where the logits are not finite.
-
     Temperature 1 and no truncation: only if the recorded log-prob is the model's own can a learner reproduce it.
     """
     N, P = prompt_NP.shape
@@ -443,8 +449,9 @@ def sample(
         logp_BV = model.logits(hidden_BC).log_softmax(dim=-1)
         if not logp_BV.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
-        drawn_B = logp_BV.exp().multinomial(1, generator=generator)[:, 0]
-        if forced_BR is not None:
+        if forced_BR is None:
+            drawn_B = logp_BV.exp().multinomial(1, generator=generator)[:, 0]
+        else:
             drawn_B = forced_BR[:, len(tokens)]
         tokens.append(torch.where(alive_B, drawn_B, eos))
         logps.append(torch.where(alive_B, logp_BV.gather(1, drawn_B[:, None])[:, 0], 0.0))
@@ -452,7 +459,7 @@ def sample(
         alive_B = alive_B & (drawn_B != eos)
         if len(tokens) == max_new or not alive_B.any():
             break
-        # a sequence that has ended runs along with the others; `finished_record` forgets what it does from here on
+        # a sequence that has ended runs along with the others; `finished_record` drops what it writes from here on
         position_B1 = (cache.length - cache.pad_B)[:, None]
         hidden_BC = model.extend(tokens[-1][:, None], position_B1, cache.decode)[:, 0]
         cache.token_done()
@@ -478,12 +485,11 @@ def finished_record(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
     return evicted_at_LBGT.masked_fill(column_T >= end_B11, 0)
 
 
-def replay(model: TinyModel, rollout: Rollout, *seen_LBGT: Tensor, backend: str | None = None) -> list[Tensor]:
+def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: str | None = None) -> list[Tensor]:
     """For each record, the hidden states (X, C) that predict the response tokens from what their queries see under it.
 
     Under `rollout.evicted_at_LBGT` their logits are π_shadow, under `rollout.never_evicted_LBGT` π_dense. The prompts
     are computed once, dense like the sampler's; the x-th row belongs to the x-th True of `rollout.mask_BR`.
-
     An evicted token stays in the sequence and has its own row: only later queries cannot see it. Leaving it out would
     change the keys that were kept, for those above the first layer were computed while it was still visible.
     """
@@ -506,7 +512,7 @@ def replay(model: TinyModel, rollout: Rollout, *seen_LBGT: Tensor, backend: str 
     first_B1C = hidden_NPC[:, -1:].repeat_interleave(S, dim=0)
     position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(S, dim=0)
     found = []
-    for evicted_at_LBGT in seen_LBGT:
+    for evicted_at_LBGT in records_LBGT:
         # the last token is only ever predicted, by the token before it
         attend = partial(attend_behind_prompts, evicted_at_LBGT)
         later_BRC = model.extend(rollout.response_BR[:, :-1], position_BR, attend)
@@ -643,8 +649,7 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
         overlap_p05=overlap_X.quantile(0.05).item(),
         ess_token=effective_share(log_ratio_X),
         ess_sequence=effective_share(log_ratio_B),
-        # e^700 is about the largest number there is
-        max_weight_token=log_ratio_X.max().clamp(max=700).exp().item(),
+        max_weight_token=log_ratio_X.max().clamp(max=700).exp().item(),  # e^700 is about the largest float64
         max_weight_sequence=log_ratio_B.max().clamp(max=700).exp().item(),
     )
 
@@ -693,8 +698,7 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
     """Old log-probs, weights, advantages, values and reference log-probs, with the policy as it sampled."""
     method, mask_BR = METHODS[s.method], rollout.mask_BR
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
-    # a learner that replays sees what the sampler saw: the recorded log-prob is its own
-    old_logp_BR = rollout.logp_BR
+    old_logp_BR = rollout.logp_BR  # which is its own for a learner that replays
     value_BR = return_BR = ref_logp_BR = None
     if not method.replays or policy.critic is not None:
         (hidden_XC,) = replay(policy.model, rollout, seen_LBGT, backend=s.backend)
@@ -705,7 +709,6 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
     if policy.reference is not None:
         (hidden_XC,) = replay(policy.reference, rollout, seen_LBGT, backend=s.backend)
         ref_logp_BR = rollout.logp(policy.reference.logits(hidden_XC))
-
     weight_BR = torch.ones_like(rollout.logp_BR)
     if method.weight is not None:
         weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, method.cap)
@@ -716,14 +719,12 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
     else:
         advantage_BR = gae(reward_B, value_BR, mask_BR, GAE_LAMBDA)
         return_BR = advantage_BR + value_BR
-        # over the batch's tokens, as PPO usually does
-        advantage_X = advantage_BR[mask_BR]
+        advantage_X = advantage_BR[mask_BR]  # normalised over the batch's tokens, as PPO usually does
         advantage_BR = (advantage_BR - advantage_X.mean()) / (advantage_X.std(correction=0) + 1e-6)
     return Batch(rollout, reward_B, old_logp_BR, weight_BR, advantage_BR, value_BR, return_BR, ref_logp_BR)
 
 
-OBJECTIVES = ("grpo", "dr_grpo", "ppo", "dpo")
-CHOICES = dict(method=METHODS, eviction=EVICTIONS, objective=OBJECTIVES, task=tasks.TASKS)
+CHOICES = dict(method=METHODS, eviction=EVICTIONS, objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS)
 CHOICES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS)
 
 
@@ -748,8 +749,8 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
         value_BR = spread(policy.critic(hidden[0])[:, 0], mask_BR)
         loss = loss + VALUE_COEF * value_loss(value_BR, batch.value_BR, batch.return_BR, mask_BR, CLIP)
     if track_2:
-        # the target's logits get no gradient, but its weights are the dense policy's: where the sparse policy is bad
-        # (λ = 1, a budget too small) it pulls the dense one down after it. Reward and KL fall together then
+        # no gradient reaches the target's logits, but both policies share their weights: a bad sparse policy (λ = 1, a
+        # budget too small) drags the dense one down. Reward and KL fall together then
         loss = loss + s.lam * kl_divergence(model.logits(hidden[1]), logits_XV.detach())
     if s.kl_ref:
         loss = loss + s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
@@ -764,7 +765,7 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict:
     """s.epochs times s.minibatches gradient steps. Raises FloatingPointError where a loss is not finite."""
     prompt_N = torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device)
-    parts = [batch.of_prompts(part_n) for part_n in prompt_N.tensor_split(s.minibatches)]
+    parts = [batch.of_prompts(n) for n in prompt_N.tensor_split(s.minibatches)]
     rows = []
     for part in parts * s.epochs:
         loss, figures = learner_loss(policy, part, s)
@@ -797,7 +798,6 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     if (step - 1) % DIAGNOSE_EVERY == 0:
         diagnosis = diagnose(policy.model, rollout, s.backend)
     watch.lap("diag")
-
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
     learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s)
@@ -812,11 +812,11 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     task's own. Raises UsageError for what cannot be used, FloatingPointError where loss or logits stop being finite.
     """
     s = checked(settings)
+    run = runs.Run(s)
     agent = agent_for(s)
     policy = Policy(agent.model, s)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    run = runs.Run(s)
     if not run.resume(policy, optimizer):
         base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps, s.backend)
         if policy.reference is not None:

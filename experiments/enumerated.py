@@ -17,12 +17,12 @@ EVICTION = smd.Eviction("snapkv", 8, interval=1, window=2, sinks=1, pool=5)
 
 
 def gradient(loss: Tensor, model: TinyModel) -> Tensor:
-    """Of all weights, in one row."""
+    """Gradient of the loss in all weights, as one vector."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Relative."""
+    """‖got - want‖ / ‖want‖."""
     return ((got - want).norm() / want.norm()).item()
 
 
@@ -47,8 +47,10 @@ class World:
         """All responses through the sampler; None for a full cache."""
         count, length = self.responses.shape
         no_eos = -1
-        limits = torch.tensor([0]), count, length, no_eos
-        return smd.sample(self.model, self.prompt, *limits, eviction, forced_BR=self.responses)
+        no_padding = torch.tensor([0])
+        return smd.sample(
+            self.model, self.prompt, no_padding, count, length, no_eos, eviction, forced_BR=self.responses
+        )
 
     def logits(self, evicted_at_LBGT: Tensor, model: TinyModel | None = None) -> Tensor:
         model = model or self.model

@@ -35,7 +35,7 @@ class Agent:
         return examples, streams.torch_stream(self.s.device, self.s.seed, streams.SAMPLING, step)
 
     def respond(self, examples: list[Example], samples: int, evict: bool, generator: torch.Generator):
-        """So many samples for each prompt, one after the other: the rollout, and its responses as text."""
+        """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
         prompts = tokenize(self.encoding, [e.prompt for e in examples], self.s.device)
         limits = samples, self.s.max_new, self.encoding.eot_token
         eviction = self.eviction if evict else None

@@ -7,6 +7,7 @@ they need. B examples, P prompt columns, R answer columns, T = P + R - 1, V voca
 
 import ast
 import hashlib
+import inspect
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,6 @@ CACHE = Path("out/cache")
 SEED = 0  # of the weights and of the demonstrations
 DROP = 0.3
 LEARNED = 0.5
-LESSON_STEPS = 400  # at most
 LEARNING_RATE = 3e-3
 
 
@@ -85,14 +85,14 @@ class WarmUp:
         right = logp_BR.detach().sum(dim=1).exp().mean().item()
         return -logp_BR.sum() / length_B.sum(), right
 
-    def learn(self, loss: Tensor, rate: float) -> None:
+    def learn(self, loss: Tensor, down: float) -> None:
         self.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.taken += 1
         for optimizer in self.optimizers:
-            # up in the first 50 steps of all
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate * min(1.0, self.taken / 50)
+            # the rate rises over the first 50 steps, counted over all lessons
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, self.taken / 50, down)
             optimizer.step()
 
     def lesson(self, lesson: int | None, steps: int) -> None:
@@ -107,8 +107,8 @@ class WarmUp:
                     return
                 if not loss.isfinite():
                     raise FloatingPointError(f"the warm-up's loss is {loss.item()} at step {step}")
-                # down to zero over the second half of the task
-                self.learn(loss, rate=1.0 if lesson is not None else min(1.0, 2 - 2 * step / steps))
+                # of the task itself, the rate falls to zero over the second half
+                self.learn(loss, down=1.0 if lesson is not None else 2 - 2 * step / steps)
                 progress.step(right=right)
 
 
@@ -128,13 +128,17 @@ def meaning(source: Path) -> str:
 
 
 def base_path(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int, backend: str | None) -> Path:
-    """Where the base policy is kept, named by all that determines it: model, task, steps, code and arithmetic."""
+    """Where the base policy is kept, named by all that determines it: model, task, steps, code and arithmetic.
+
+    The number of threads is not part of it: with one and with two, the weights were equal to the bit.
+    """
     device = model.embed_tokens.weight.device
     arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type, backend]
     if device.type == "cuda":
         arithmetic.append(torch.cuda.get_device_name(device))
     modules = (kernel, tiny_model, streams, tasks, text, sys.modules[__name__])
-    code = [meaning(Path(module.__file__)) for module in modules]
+    files = {Path(module.__file__) for module in modules} | {Path(inspect.getsourcefile(type(task)))}
+    code = [meaning(file) for file in sorted(files)]
     key = [model.config, type(task).__name__, vars(task), encoding.name, steps, arithmetic, code]
     return CACHE / f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
 
@@ -150,7 +154,7 @@ def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: 
     began = time.perf_counter()
     warm_up = WarmUp(model, task, encoding, backend)
     for lesson in task.lessons:
-        warm_up.lesson(lesson, min(steps, LESSON_STEPS))
+        warm_up.lesson(lesson, steps)
     warm_up.lesson(None, steps)
     runs.save(path, dict(weights=model.state_dict()))
     print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)

@@ -88,7 +88,7 @@ def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
     """What argparse is told about a setting."""
     help = f.metadata["help"]
     if among is not None:
-        help += f": {', '.join(among)}"
+        help += f" {{{', '.join(among)}}}"
     if f.default is not None and f.default is not False:
         help += f" (default: {f.default})"
     kinds = [kind for kind in get_args(f.type) or (f.type,) if kind is not types.NoneType]

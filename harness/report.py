@@ -103,16 +103,23 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
         if steps[-1] != summary["steps"]:
             steps.append(summary["steps"])
             values.append(summary["after"][cache])
-        left.plot(steps, values, style, color=COLOURS[method], markersize=4, label=f"held-out accuracy, {cache} cache")
+        left.plot(
+            steps,
+            values,
+            style,
+            color=COLOURS.get(method, "black"),
+            markersize=4,
+            label=f"held-out accuracy, {cache} cache",
+        )
     left.plot(*points(rows, "reward"), color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
     left.set(title=f"{method}: all of these should rise", xlabel="step", ylim=(0, None))
     left.legend(frameon=False)
 
-    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=COLOURS[method], markersize=4)
+    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=COLOURS.get(method, "black"), markersize=4)
     right.set(title="KL(π_sparse ‖ π_dense), nats a token: may rise", xlabel="step", ylim=(0, None))
     errors = points(rows, "replay_error")[1]
     if errors:
-        note = f"replay error, largest of all steps: {max(errors):.0e}\n(should stay at rounding, some 1e-6 in float32)"
+        note = f"replay error, largest of all steps: {max(errors):.1g}\n(should stay at rounding, some 1e-6 in float32)"
         right.annotate(note, (0.03, 0.05), xycoords="axes fraction", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)

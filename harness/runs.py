@@ -118,7 +118,7 @@ class Run:
                 raise UsageError(f"--out {out} holds a run with {flag(name)} {old}, not {now}; use another --out")
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-        """Go on from the last checkpoint: weights, optimizer and rows. False for a run that has none yet."""
+        """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""
         known = self.settings.resume and self.checkpoint_path.exists()
         if known:
             state = restore(self.checkpoint_path, policy)

@@ -20,13 +20,13 @@ class Example(NamedTuple):
 class Task(Protocol):
     """What a run asks of a task, which is made from the settings: `TASKS[name](settings)`."""
 
-    examples: list[Example]  # those that have to fit the settings: all, or one where all have the same lengths
-    lessons: Sequence[int]  # easier versions of the task, which the warm-up goes through first
+    examples: list[Example]  # whose lengths are checked: all, or one where all have the same lengths
+    lessons: Sequence[int]  # easier versions of the task, not 0, which the warm-up goes through first
     batch: int  # examples in a supervised step of the warm-up
 
     @staticmethod
     def defaults(settings) -> dict:
-        """The settings that the user left open (None) and that the task knows best."""
+        """max_new, budget, pool, warmup_steps and prompts, for where the user leaves them open."""
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         """Examples to train on; never one that is held out."""
@@ -42,7 +42,7 @@ class Task(Protocol):
 
 
 def accuracy(texts: list[str], examples: list[Example]) -> float:
-    """Share of exactly right responses, the same number of them to each example, one example after the other."""
+    """Share of exactly right responses, as many to each example, grouped by example."""
     samples = len(texts) // len(examples)
     right = 0
     for i, text in enumerate(texts):
@@ -51,7 +51,7 @@ def accuracy(texts: list[str], examples: list[Example]) -> float:
 
 
 def score(reward: Callable[[str, str, str], float], examples: list[Example], texts: list[str]) -> list[float]:
-    """Rewards of responses, the same number of them to each example; FloatingPointError where one is not finite."""
+    """Rewards of responses, as many to each example, grouped by example; FloatingPointError where one is not finite."""
     samples = len(texts) // len(examples)
     rewards = []
     for i, text in enumerate(texts):
