@@ -206,6 +206,13 @@ def test_1_a_prompt_in_a_ragged_batch_is_treated_as_if_alone():
                 assert torch.equal(record - shift, alone.evicted_at_LBGT[:, 0]), policy
 
 
+def test_1_what_is_evicted_after_the_last_query_was_evicted_from_nobody():
+    """A prompt of two columns, a response in 2, 3, 4 whose last query stands in 3; by hand, as in the docstring."""
+    written = torch.tensor([2, 3, 4, NEVER, NEVER, NEVER, 0], dtype=torch.int32)
+    got = smd.finished_record(written.view(1, 1, 1, 7), torch.tensor([5]))
+    assert got.flatten().tolist() == [2, 3, NEVER, NEVER, NEVER, 0, 0]
+
+
 @torch.no_grad()
 def test_1_given_tokens_are_scored_as_drawn_ones():
     model = small_model()
@@ -427,6 +434,30 @@ def test_5_h2o_splits_the_budget_between_the_latest_and_the_most_attended():
     assert kept(entries(policy="h2o", received=received, keep=4)) == [1, 3, 6, 7]
     assert kept(entries(policy="h2o", received=received, keep=5)) == [1, 3, 5, 6, 7]  # the odd one to the latest
     assert kept(entries(policy="h2o", received=received, keep=1)) == [7]
+
+
+@torch.no_grad()
+def test_5_the_attention_that_a_key_received_adds_up_over_prompt_and_response(monkeypatch):
+    """Would catch sums that start anew after the prompt, take the wrong heads, or miss blocks of queries."""
+    caches, make = [], smd.Cache
+    monkeypatch.setattr(smd, "Cache", lambda *args: caches.append(make(*args)) or caches[-1])
+    model, P = small_model(), 150  # more than one block of queries
+    prompts = text.pad_left([[1 + i * i % 17 for i in range(P)]], EOS, "cpu")
+    rollout = smd.sample(model, *prompts, 2, 6, -1, Eviction("h2o", P + 10), torch.Generator().manual_seed(0))
+    tokens = torch.cat((rollout.prompt_NP.expand(2, -1), rollout.response_BR[:, :-1]), dim=1)
+    T, received = tokens.shape[1], []
+    position = torch.arange(T).expand(2, -1)
+    never = torch.full((2, 2, T), NEVER, dtype=torch.int32)
+
+    def attend(_, q, k, v):
+        score = (q @ k.repeat_interleave(2, dim=1).transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        weight = score.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(dim=-1)
+        received.append(weight.sum(dim=2).unflatten(1, (2, 2)).sum(dim=2))  # over queries and the heads of a group
+        return shadow_attention(q, k, v, never)
+
+    model.extend(tokens, position, attend)
+    for layer, want in enumerate(received):
+        compare(f"layer {layer}", caches[0].received[layer][:, :, :T], want, 1e-10)
 
 
 def test_5_tova_follows_the_last_query_and_keeps_the_last_key():
