@@ -324,7 +324,7 @@ class Cache:
     """
 
     def __init__(self, model: TinyModel, pad_N: Tensor, S: int, P: int, max_new: int, eviction, generator, backend):
-        self.eviction = eviction or Eviction("streaming", P + max_new, sinks=0)  # a budget that nothing exceeds
+        self.eviction = eviction or Eviction("streaming", P + max_new, sinks=0)  # full: nothing exceeds the budget
         self.rule = EVICTIONS[self.eviction.policy]
         self.generator = generator
         self.backend = backend

@@ -705,6 +705,17 @@ def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys):
     assert lines[0].startswith("sparse cache: ") and lines[1].startswith("full cache:   ")
 
 
+def test_8_the_evaluation_says_which_cache_was_right(monkeypatch):
+    """Would catch sparse and dense swapped: here the full cache is always right, the other in the first of two."""
+    agent = smd.agent_for(smd.checked(tiny(Path("."), eval_prompts=100)))
+
+    def respond(examples, samples, evict, generator):
+        return None, [e.answer if not evict or n % 2 == 0 else "wrong" for n, e in enumerate(examples)]
+
+    monkeypatch.setattr(agent, "respond", respond)
+    assert agent.evaluate() == {"sparse": 0.5, "dense": 1.0}
+
+
 def test_8_overwrite_replaces_a_run_even_if_killed_while_it_does(tmp_path, monkeypatch):
     """Would catch a new config.json beside the old run's checkpoint, from which a resumption would go on."""
     new = tiny(tmp_path, seed=1, overwrite=True)

@@ -20,13 +20,7 @@ from tqdm import tqdm
 
 import smd
 from harness import base, cli, runs
-from harness.report import COLOURS
-
-
-def colour(name: str) -> str:
-    """Of a method, or of one of its lines ("smd, 50%"); black for what is none."""
-    return COLOURS.get(name.split(",")[0], "black")
-
+from harness.report import colour
 
 # Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from experiments.common import COLOURS, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.common import colour, command, figures, label_ends, mean_and_interval, options, run_all, save, table
 
 LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4, 8e-4), 100
 
@@ -74,8 +74,8 @@ def draw(done: dict[str, list], path: Path) -> None:
             steps = [step for step, _ in curves[0]]
             pairs = [mean_and_interval([curve[n][1] for curve in curves]) for n in range(len(steps))]
             low, mean, high = zip(*((m - half, m, m + half) for m, half in pairs), strict=True)
-            axis.fill_between(steps, low, high, color=COLOURS.get(method, "black"), alpha=0.15, linewidth=0)
-            axis.plot(steps, mean, color=COLOURS.get(method, "black"))
+            axis.fill_between(steps, low, high, color=colour(method), alpha=0.15, linewidth=0)
+            axis.plot(steps, mean, color=colour(method))
             ends[method] = steps[-1], mean[-1]
         axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 1), xlim=(0, 1.2 * steps[-1]))
         label_ends(axis, ends)

@@ -116,14 +116,9 @@ def meaning(source: Path) -> str:
     """A Python file without its comments, docstrings and layout: what may change without changing what it computes."""
     tree = ast.parse(source.read_text())
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            del node.body[0]
     return ast.dump(tree)
 
 
@@ -150,7 +145,10 @@ def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: 
         runs.restore(path, model)
         print(f"base policy: read from {path}", flush=True)
         return
-    print(f"base policy: supervised steps first, about a minute on 2 cores; kept in {CACHE} for later runs", flush=True)
+    print(
+        f"base policy: supervised steps first, for chain about a minute on 2 cores; kept in {CACHE} for later runs",
+        flush=True,
+    )
     began = time.perf_counter()
     warm_up = WarmUp(model, task, encoding, backend)
     for lesson in task.lessons:

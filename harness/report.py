@@ -13,6 +13,11 @@ COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd"
 SILENCE = 10.0  # seconds after which something is said, however little has been done
 
 
+def colour(name: str) -> str:
+    """Of a method, or of one of its lines ("smd, 50%"); black for what is none."""
+    return COLOURS.get(name.split(",")[0], "black")
+
+
 class Progress:
     """A bar where standard error is a terminal; where it is a file, so many lines on the way, at equal distances.
 
@@ -103,19 +108,12 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
         if steps[-1] != summary["steps"]:
             steps.append(summary["steps"])
             values.append(summary["after"][cache])
-        left.plot(
-            steps,
-            values,
-            style,
-            color=COLOURS.get(method, "black"),
-            markersize=4,
-            label=f"held-out accuracy, {cache} cache",
-        )
+        left.plot(steps, values, style, color=colour(method), markersize=4, label=f"held-out accuracy, {cache} cache")
     left.plot(*points(rows, "reward"), color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
     left.set(title=f"{method}: all of these should rise", xlabel="step", ylim=(0, None))
     left.legend(frameon=False)
 
-    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=COLOURS.get(method, "black"), markersize=4)
+    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=colour(method), markersize=4)
     right.set(title="KL(π_sparse ‖ π_dense), nats a token: may rise", xlabel="step", ylim=(0, None))
     errors = points(rows, "replay_error")[1]
     if errors:

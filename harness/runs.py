@@ -171,13 +171,15 @@ class Run:
     def log(self, row: dict, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep a step's row and, every SAVE_EVERY steps and after the last, all that going on from here needs."""
         self.rows.append(row)
+        due = len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.settings.steps
         if held_out := self.evaluated():
             tqdm.write(f"step {len(self.rows)}: {report.accuracies(held_out)}")  # above the bar, where there is one
         with open(self.metrics_path, "a") as f:
             print(json.dumps(row), file=f)
             f.flush()
-            os.fsync(f.fileno())  # a checkpoint must not outlive its rows
-        if len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.settings.steps:
+            if due:
+                os.fsync(f.fileno())  # a checkpoint must not outlive its rows
+        if due:
             self.save_checkpoint(policy, optimizer)
 
     def evaluated(self) -> dict[str, float]:
