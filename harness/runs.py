@@ -6,20 +6,29 @@ metrics.jsonl    one line a step                         summary.json, curves.pn
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import shlex
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import kernel
 from harness import cli, report
 from harness.cli import UsageError, fixed_names, flag, require
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs in one --out are therefore not noticed
+    fcntl = None
 
 SAVE_EVERY = 20  # steps, which a run that is killed loses at most
 FILES = ("config.json", "checkpoint.pt", "metrics.jsonl", "summary.json", "curves.png")
@@ -27,7 +36,8 @@ FILES = ("config.json", "checkpoint.pt", "metrics.jsonl", "summary.json", "curve
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file such that, whenever the process dies, the old one or the new one is there whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    # a name of its own: another process may write the same file
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -37,22 +47,29 @@ def write(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror}; make room or choose another folder") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save(path: Path, state: dict) -> None:
+    """Write a checkpoint; FloatingPointError where something in it is not finite."""
+    tensors = [value for value in tree_leaves(state) if isinstance(value, Tensor)]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError("the weights, or the optimizer's moments, are not finite")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getvalue())
 
 
-def restore(path: Path, module: nn.Module) -> dict:
-    """Load a checkpoint's weights into a module, and return it whole; UsageError where it is damaged."""
+def restore(path: Path, module: nn.Module, advice: str = "delete it or use --overwrite") -> dict:
+    """Load a checkpoint's weights into a module, and return it whole; UsageError, with advice, where it is damaged."""
     try:
         state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
         module.load_state_dict(state["weights"])
     except Exception as e:  # there are many ways to be damaged
         what = f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}"
-        raise UsageError(f"checkpoint {path} is missing or damaged ({what}); delete it or use --overwrite") from e
+        raise UsageError(f"checkpoint {path} is missing or damaged ({what}); {advice}") from e
     return state
 
 
@@ -68,11 +85,19 @@ def read_config(out: Path, settings: type) -> dict:
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
-    """The first rows of metrics.jsonl, as many as the checkpoint has steps."""
-    lines = path.read_text().splitlines()[:steps] if path.exists() else []
+    """The first rows of metrics.jsonl, as many as the checkpoint has steps; UsageError where one is damaged."""
+    lines = path.read_bytes().splitlines()[:steps] if path.exists() else []
     if len(lines) < steps:
         raise UsageError(f"{path} holds {len(lines)} of the checkpoint's {steps} steps; use --overwrite to start again")
-    return [json.loads(line) for line in lines]
+    rows = []
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            intact = rows[-1]["step"] == n
+        except (ValueError, KeyError, TypeError):
+            intact = False
+        require(intact, f"{path}, line {n} is damaged; use --overwrite to start again")
+    return rows
 
 
 def restore_run(out: str, policy: nn.Module) -> None:
@@ -90,27 +115,57 @@ def parse(settings: type, choices: dict, about: str, argv: list[str] | None):
 
 
 class Run:
-    """A run's folder and the rows of its log. What is printed about a run as a whole is printed here."""
+    """A run's folder, which belongs to this process inside the `with` block, and the rows of its log.
+
+    What is printed about a run as a whole is printed here.
+    """
 
     def __init__(self, settings):
-        """Choose the folder, new or to be continued; UsageError where it holds another run. Writes nothing."""
+        """UsageError where --out holds another run. Writes nothing."""
         self.began = time.perf_counter()
         self.settings = settings
-        self.out = Path(settings.out or self.next_free())
-        self.checkpoint_path = self.out / "checkpoint.pt"
-        self.metrics_path = self.out / "metrics.jsonl"
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
-        if (self.out / "config.json").exists() and not settings.overwrite:
-            self.check_same()
+        self.seconds_before = 0.0  # spent before this process
+        if settings.out is not None:
+            self.check_same(Path(settings.out))
 
-    def next_free(self) -> str:
-        method = self.settings.method
-        taken = [int(path.name.rpartition("-")[2]) for path in Path("out").glob(f"{method}-[0-9][0-9][0-9]")]
-        return f"out/{method}-{max(taken, default=0) + 1:03d}"
+    def __enter__(self) -> "Run":
+        """Claim the folder; UsageError where another process has it."""
+        try:
+            self.out = self.new_folder() if self.settings.out is None else Path(self.settings.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UsageError(f"{e.filename} cannot be written: {e.strerror}; choose another --out") from e
+        self.checkpoint_path = self.out / "checkpoint.pt"
+        self.metrics_path = self.out / "metrics.jsonl"
+        self.lock = None
+        if fcntl is not None:
+            self.lock = os.open(self.out, os.O_RDONLY)
+            try:
+                # ends with the process, however it ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                os.close(self.lock)
+                raise UsageError(f"--out {self.out} is in use by another run; wait for it or take another --out") from e
+        return self
 
-    def check_same(self) -> None:
-        s, out = self.settings, self.out
+    def __exit__(self, *_) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def new_folder(self) -> Path:
+        """The first out/METHOD-NUMBER that is free: of two processes that make a folder, one succeeds."""
+        for number in itertools.count(1):
+            folder = Path("out") / f"{self.settings.method}-{number:03d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+
+    def check_same(self, out: Path) -> None:
+        s = self.settings
+        if s.overwrite or not (out / "config.json").exists():
+            return
         require(s.resume, f"--out {out} holds a run; add --resume to continue it or --overwrite to replace it")
         for name, old in read_config(out, type(s)).items():
             now = getattr(s, name)
@@ -119,12 +174,14 @@ class Run:
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""
+        self.check_same(self.out)  # once more: another process may have had the folder until now
         known = self.settings.resume and self.checkpoint_path.exists()
         if known:
             state = restore(self.checkpoint_path, policy)
             optimizer.load_state_dict(state["optimizer"])
             self.rows = read_metrics(self.metrics_path, state["step"])
             self.before = state["before"]
+            self.seconds_before = state["seconds"]
             done, wanted = len(self.rows), self.settings.steps
             fits = done <= wanted
             require(fits, f"--out {self.out} is at step {done} already, got --steps {wanted}; give at least that many")
@@ -142,6 +199,9 @@ class Run:
         if self.settings.overwrite:
             for name in FILES[1:]:
                 self.delete(self.out / name)
+        for name in FILES:
+            for half_written in self.out.glob(f"{name}.*.tmp"):
+                self.delete(half_written)
         names = sorted(fixed_names(self.settings))
         config = {name: getattr(self.settings, name) for name in names} | {"steps": self.settings.steps}
         write(self.out / "config.json", json.dumps(config, indent=1) + "\n")
@@ -161,7 +221,7 @@ class Run:
 
     @contextlib.contextmanager
     def naming(self, step: int) -> Iterator[None]:
-        """A FloatingPointError in here says in which step it was, and what is left."""
+        """A FloatingPointError in here says in which step it was, and what is left: nothing of this step."""
         try:
             yield
         except FloatingPointError as e:
@@ -169,7 +229,13 @@ class Run:
             raise FloatingPointError(f"stopped at step {step}: {e}; {kept}") from e
 
     def log(self, row: dict, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keep a step's row and, every SAVE_EVERY steps and after the last, all that going on from here needs."""
+        """Keep a step's row and, every SAVE_EVERY steps and after the last, all that going on from here needs.
+
+        FloatingPointError where a figure is not finite: nothing is written then.
+        """
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
         self.rows.append(row)
         due = len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.settings.steps
         if held_out := self.evaluated():
@@ -190,8 +256,12 @@ class Run:
             cache: self.rows[-1][f"held_out_{cache}"] for cache in self.before if f"held_out_{cache}" in self.rows[-1]
         }
 
+    def seconds(self) -> float:
+        """Since the run began, less the time between a checkpoint and the process that goes on from it."""
+        return self.seconds_before + time.perf_counter() - self.began
+
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        state = dict(step=len(self.rows), before=self.before)
+        state = dict(step=len(self.rows), before=self.before, seconds=self.seconds())
         save(self.checkpoint_path, state | dict(weights=policy.state_dict(), optimizer=optimizer.state_dict()))
 
     def finish(self, after: dict[str, float], prompt: str) -> dict:
@@ -201,7 +271,7 @@ class Run:
         summary |= dict(
             visible_share=self.rows[-1]["visible_share"] if self.rows else None,
             replay_error=max(errors, default=None),
-            seconds=time.perf_counter() - self.began,
+            seconds=self.seconds(),
         )
         write(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         report.draw_curves(self.rows, summary, self.settings.method, self.out / "curves.png")
