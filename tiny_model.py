@@ -10,6 +10,7 @@ output: the full pass attends to its own keys, the sampler to a small cache, the
 Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+
+def swiglu_width(width: int) -> int:
+    """8/3 of the model's, up to a multiple of 32: so its three matrices weigh what two of 4 times the width would."""
+    return 32 * math.ceil(width * 8 / 96)
 
 
 def never_evicted(pad_B: Tensor, T: int) -> Tensor:
@@ -78,8 +84,9 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         projected = (proj(x_BTC) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)
-        # keys are stored rotated by their true position, so evicting a neighbour never moves them
-        out_BHTD = attend(rotate(q, *rope), rotate(k, *rope), v)
+        # keys are stored rotated by their true position, so evicting a neighbour never moves them. Under autocast
+        # rotation is in float32, and what it is applied to is not
+        out_BHTD = attend(rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype), v)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
 
 

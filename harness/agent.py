@@ -9,7 +9,7 @@ from harness.base import SEED
 from harness.report import Progress
 from harness.tasks import TASKS, Example
 from harness.text import check_examples, check_prompt, decode, load_encoding, tokenize
-from tiny_model import ModelConfig, TinyModel
+from tiny_model import ModelConfig, TinyModel, swiglu_width
 
 EVALUATION_BATCH = 64  # held-out prompts at a time
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
@@ -26,7 +26,7 @@ class Agent:
         self.encoding = load_encoding(s.encoding)
         self.task = TASKS[s.task](s)
         self.eviction.keep(check_examples(self.encoding, self.task.examples, s.max_new, CONTEXT, s.data))
-        self.config = ModelConfig(self.encoding.n_vocab, s.width)
+        self.config = ModelConfig(self.encoding.n_vocab, s.width, ffn=swiglu_width(s.width))
         self.model = TinyModel(self.config, seed=SEED).to(s.device)
 
     def draw(self, step: int) -> tuple[list[Example], torch.Generator]:

@@ -88,7 +88,9 @@ class WarmUp:
     def learn(self, loss: Tensor, down: float) -> None:
         self.model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the warm-up's loss is {loss.item()}, the norm of its gradient {norm.item()}")
         self.taken += 1
         for optimizer in self.optimizers:
             # the rate rises over the first 50 steps, counted over all lessons
@@ -105,8 +107,6 @@ class WarmUp:
                 right += 0.1 * (now - right)  # a running mean over examples that are new to the model
                 if lesson is not None and right >= LEARNED:
                     return
-                if not loss.isfinite():
-                    raise FloatingPointError(f"the warm-up's loss is {loss.item()} at step {step}")
                 # of the task itself, the rate falls to zero over the second half
                 self.learn(loss, down=1.0 if lesson is not None else 2 - 2 * step / steps)
                 progress.step(right=right)
@@ -142,7 +142,7 @@ def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: 
     """Give the model the weights that RL starts from: kept from an earlier run, or made here and kept."""
     path = base_path(model, task, encoding, steps, backend)
     if path.exists():
-        runs.restore(path, model)
+        runs.restore(path, model, "delete it, and it is made anew")
         print(f"base policy: read from {path}", flush=True)
         return
     print(

@@ -46,14 +46,21 @@ def fill_in(settings, **defaults):
     return dataclasses.replace(settings, **left_open)
 
 
+def kinds(f: dataclasses.Field) -> list[type]:
+    """The types that a setting may have, None aside."""
+    return [kind for kind in get_args(f.type) or (f.type,) if kind is not types.NoneType]
+
+
 def check_values(settings, choices: dict[str, Collection[str]]) -> None:
-    """Raise UsageError where a number is not finite or too small, or a name is not among the setting's choices."""
+    """Raise UsageError where a value is of another type, not finite, too small, or not among the setting's choices."""
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         if value is None:
             continue
         low = f.metadata["low"]
         among = choices.get(f.name)
+        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+        require(fits, f"{flag(f.name)} must be {' or '.join(kind.__name__ for kind in kinds(f))}, got {value!r}")
         if isinstance(value, float):
             require(math.isfinite(value), f"{flag(f.name)} must be a finite number, got {value}")
         if low is not None:
@@ -91,10 +98,9 @@ def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
         help += f" {{{', '.join(among)}}}"
     if f.default is not None and f.default is not False:
         help += f" (default: {f.default})"
-    kinds = [kind for kind in get_args(f.type) or (f.type,) if kind is not types.NoneType]
-    if kinds == [bool]:
+    if f.type is bool:
         return dict(action="store_true", help=help)
-    kind = number if float in kinds and int in kinds else kinds[0]
+    kind = number if f.type == int | float | None else kinds(f)[0]
     return dict(type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))
 
 

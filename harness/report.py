@@ -109,8 +109,10 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
             steps.append(summary["steps"])
             values.append(summary["after"][cache])
         left.plot(steps, values, style, color=colour(method), markersize=4, label=f"held-out accuracy, {cache} cache")
-    left.plot(*points(rows, "reward"), color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
-    left.set(title=f"{method}: all of these should rise", xlabel="step", ylim=(0, None))
+    steps, rewards = points(rows, "reward")
+    left.plot(steps, rewards, color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
+    # a reward may be negative, or far above 1
+    left.set(title=f"{method}: all of these should rise", xlabel="step", ylim=(min([0.0, *rewards]), None))
     left.legend(frameon=False)
 
     right.plot(*points(rows, "kl_sparse_dense"), "o-", color=colour(method), markersize=4)

@@ -6,7 +6,7 @@ So a run that is resumed needs no generator's state, and two methods with the sa
 import numpy as np
 import torch
 
-WARMUP, PROMPTS, SAMPLING, EVALUATION = range(4)
+WARMUP, PROMPTS, SAMPLING, EVALUATION, MINIBATCHES = range(5)
 
 
 def numpy_stream(*key: int) -> np.random.Generator:

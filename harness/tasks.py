@@ -41,13 +41,16 @@ class Task(Protocol):
         """How good a response is: 1 for a right one."""
 
 
+def is_right(response: str, answer: str) -> bool:
+    """The same text, but for the blanks around it."""
+    return response.strip() == answer.strip()
+
+
 def accuracy(texts: list[str], examples: list[Example]) -> float:
-    """Share of exactly right responses, as many to each example, grouped by example."""
+    """Share of right responses, as many to each example, grouped by example."""
     samples = len(texts) // len(examples)
-    right = 0
-    for i, text in enumerate(texts):
-        right += text.strip() == examples[i // samples].answer.strip()
-    return right / len(texts)
+    right = [is_right(text, examples[i // samples].answer) for i, text in enumerate(texts)]
+    return sum(right) / len(texts)
 
 
 def score(reward: Callable[[str, str, str], float], examples: list[Example], texts: list[str]) -> list[float]:
@@ -60,6 +63,14 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
         if not math.isfinite(rewards[-1]):
             raise FloatingPointError(f"a reward is {rewards[-1]}")
     return rewards
+
+
+def check_reward(reward: Callable, example: Example) -> None:
+    """UsageError where it cannot be called, on a right response, as reward(prompt, response, answer) -> float."""
+    try:
+        score(reward, [example], [example.answer])
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"the reward must be a function reward(prompt, response, answer) -> float: {e}") from e
 
 
 class Chain:
@@ -109,8 +120,8 @@ class Chain:
 
     def reward(self, prompt: str, response: str, answer: str) -> float:
         """Half for the share of right letters, half for all of them and nothing more."""
-        share = sum(r == a for r, a in zip(response, answer, strict=False)) / len(answer)
-        return 0.5 * share + 0.5 * (response == answer)
+        share = sum(r == a for r, a in zip(response.strip(), answer, strict=False)) / len(answer)
+        return 0.5 * share + 0.5 * is_right(response, answer)
 
 
 class TextFile:
@@ -143,7 +154,7 @@ class TextFile:
         return self.test[:count]
 
     def reward(self, prompt: str, response: str, answer: str) -> float:
-        return float(response.strip() == answer.strip())
+        return float(is_right(response, answer))
 
 
 TASKS = {"chain": Chain, "text": TextFile}
