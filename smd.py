@@ -33,6 +33,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -42,9 +43,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernel
-from harness import base, cli, device, memory, report, runs, tasks
+from harness import base, cli, device, memory, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import opt, require
 from kernel import NEVER, attention_torch, shadow_attention
@@ -57,6 +59,8 @@ VALUE_COEF = 0.5  # of the critic's loss, likewise
 DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
 SCRATCH = {"cpu": 2**20, "cuda": 2**28}  # keys, and values, that decoding converts to float64 at a time
+LOGITS = 2**24  # logits that the learner holds at a time: those of a whole batch may be larger than all else together
+ROWS = 16  # of a square of queries, or keys, by keys: so many of them at once need less memory than the keys
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
 GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
@@ -114,7 +118,8 @@ def checked(s: Settings) -> Settings:
     require(s.pool % 2 == 1, f"--pool must be odd, a key and as many neighbours on either side, got {s.pool}")
     grouped = s.samples > 1 or s.objective == "ppo"
     require(grouped, f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1")
-    require(s.minibatches <= s.prompts, f"--minibatches must be at most --prompts = {s.prompts}, got {s.minibatches}")
+    parts = f"--minibatches must divide --prompts = {s.prompts}, so that all sequences weigh the same"
+    require(s.prompts % s.minibatches == 0, f"{parts}; got {s.minibatches}")
     weighted_dpo = s.objective == "dpo" and METHODS[s.method].weight is not None
     require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
     require(not (s.resume and s.overwrite), "--resume and --overwrite exclude each other; take one of them")
@@ -140,7 +145,9 @@ class Eviction:
             of = ""
         else:
             require(0 < self.budget <= 1, f"budget, as a share, must be above 0 and at most 1, got {self.budget}")
-            keep_N = (length_N * self.budget).ceil().long()
+            # exact, as it is written: in floating point 0.07 of 100 tokens are more than 7
+            share = Fraction(str(self.budget))
+            keep_N = length_N.new_tensor([math.ceil(share * length) for length in length_N.tolist()])
             of = f" ({self.budget} of a prompt of {length_N.min()} tokens)"
         rule = EVICTIONS[self.policy]
         forced = {"sinks": self.sinks} if rule.sinks else {}
@@ -174,19 +181,33 @@ class Entries:
         return self.column_BGK < self.pad_B[:, None, None] + self.eviction.sinks
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better: what log-probs, KLs, weights and sums of attention are in, whatever the model computes in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or better, under torch.autocast as well."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(wide(a.dtype)) @ b.to(wide(b.dtype))
+
+
 def window_logits(e: Entries) -> Tensor:
     """Logits of the recent queries over the live keys, (B, G, M, W, K); -inf where a query cannot see a key."""
     assert e.q_BHWD.shape[2], "a policy that reads queries says so in its rule"
-    q_BGMWD = e.q_BHWD.unflatten(1, (e.k_BGKD.shape[1], -1))
-    logits_BGMWK = q_BGMWD @ e.k_BGKD[:, :, None].transpose(-1, -2) * q_BGMWD.shape[-1] ** -0.5
-    q_column_W = torch.arange(e.now - e.q_BHWD.shape[2], e.now, device=e.q_BHWD.device)
+    G, W = e.k_BGKD.shape[1], e.q_BHWD.shape[2]
+    # the query heads of a kv head as rows of one product, which reads its keys once
+    q_BGnD = e.q_BHWD.unflatten(1, (G, -1)).flatten(2, 3)
+    logits_BGMWK = product(q_BGnD, e.k_BGKD.transpose(-1, -2)).unflatten(2, (-1, W))
+    logits_BGMWK *= q_BGnD.shape[-1] ** -0.5
+    q_column_W = torch.arange(e.now - W, e.now, device=e.q_BHWD.device)
     visible_BGWK = e.live_BGK[:, :, None] & (e.column_BGK[:, :, None] <= q_column_W[:, None])
-    return logits_BGMWK.masked_fill(~visible_BGWK[:, :, None], -math.inf)
+    return logits_BGMWK.masked_fill_(~visible_BGWK[:, :, None], -math.inf)
 
 
 def window_attention(e: Entries) -> Tensor:
     """Softmax of `window_logits`. A query that sees nothing, because it is padding, attends to nothing."""
-    return window_logits(e).softmax(dim=-1).nan_to_num(0.0)
+    return window_logits(e).softmax(dim=-1).nan_to_num_(0.0)
 
 
 def streaming(e: Entries) -> Tensor:
@@ -216,8 +237,13 @@ def tova(e: Entries) -> Tensor:
 
 
 def knorm(e: Entries) -> Tensor:
-    """Keys of small norm are the ones that receive much attention (2406.11430)."""
-    return -e.k_BGKD.norm(dim=-1)
+    """Keys of small norm are the ones that receive much attention (2406.11430).
+
+    In the first layer equal tokens have keys of equal norms, up to what rounding makes of their rotations. In steps of
+    0.1 % they tie, and of a tie the earlier key stays.
+    """
+    norm_BGK = e.k_BGKD.to(wide(e.k_BGKD.dtype)).norm(dim=-1)
+    return -(1000 * norm_BGK.log()).round()
 
 
 def rkv(e: Entries, mix: float = 0.07, alike: float = 0.5) -> Tensor:
@@ -226,13 +252,16 @@ def rkv(e: Entries, mix: float = 0.07, alike: float = 0.5) -> Tensor:
     logits_BGWK = window_logits(e).amax(dim=2).masked_fill(window_BGK[:, :, None], -math.inf)
     attention_BGK = logits_BGWK.softmax(dim=-1).nan_to_num(0.0).mean(dim=2)
     attention_BGK = F.max_pool1d(attention_BGK, kernel_size=7, stride=1, padding=3)
-    unit_BGKD = F.normalize(e.k_BGKD, dim=-1).masked_fill(~e.live_BGK[..., None], 0.0)
-    cosine_BGKK = unit_BGKD @ unit_BGKD.transpose(-1, -2)
-    cosine_BGKK.diagonal(dim1=-2, dim2=-1).zero_()
-    # the last of a key's near copies does not count as one, so that the newest copy survives
-    slot_K = torch.arange(cosine_BGKK.shape[-1], device=cosine_BGKK.device)
-    last_BGK1 = torch.where(cosine_BGKK > alike, slot_K, -1).amax(dim=-1, keepdim=True)
-    mean_BGK = cosine_BGKK.masked_fill(slot_K == last_BGK1, 0.0).sum(dim=-2) / e.live_BGK.sum(dim=-1, keepdim=True)
+    unit_BGKD = F.normalize(e.k_BGKD.to(wide(e.k_BGKD.dtype)), dim=-1).masked_fill_(~e.live_BGK[..., None], 0.0)
+    slot_K = torch.arange(e.k_BGKD.shape[2], device=e.k_BGKD.device, dtype=torch.int32)
+    total_BGK = torch.zeros_like(attention_BGK)
+    for slot_r in slot_K.split(ROWS):
+        cosine_BGrK = product(unit_BGKD[:, :, slot_r], unit_BGKD.transpose(-1, -2))
+        cosine_BGrK.masked_fill_(slot_r[:, None] == slot_K, 0.0)
+        # the last of a key's near copies does not count as one, so that the newest copy survives
+        last_BGr1 = torch.where(cosine_BGrK > alike, slot_K, -1).amax(dim=-1, keepdim=True)
+        total_BGK += cosine_BGrK.masked_fill_(slot_K == last_BGr1, 0.0).sum(dim=-2)
+    mean_BGK = total_BGK / e.live_BGK.sum(dim=-1, keepdim=True)
     redundancy_BGK = mean_BGK.masked_fill(~e.live_BGK, -math.inf).softmax(dim=-1)
     return mix * attention_BGK - (1 - mix) * redundancy_BGK
 
@@ -311,10 +340,6 @@ class Rollout:
         """evicted_at as a full cache would have left it: padding is hidden and nothing is ever evicted."""
         return torch.where(self.evicted_at_LBGT == 0, 0, NEVER).to(torch.int32)
 
-    def logp(self, logits_XV: Tensor) -> Tensor:
-        """Log-probs (B, R) of the response tokens, from the logits of all of them in one row; zero past the end."""
-        return spread(token_logp(logits_XV, self.response_BR[self.mask_BR]), self.mask_BR)
-
 
 class Cache:
     """For every (layer, sequence, kv head), slots for a key, its value, its column and the attention that it received.
@@ -343,7 +368,7 @@ class Cache:
         self.k = like.new_zeros(*shape, c.head_dim)
         self.v = torch.zeros_like(self.k)
         self.column = like.new_zeros(shape, dtype=torch.int32)
-        self.received = like.new_zeros(shape) if self.rule.accumulates else None
+        self.received = like.new_zeros(shape, dtype=wide(like.dtype)) if self.rule.accumulates else None
         self.q = like.new_zeros(c.layers, len(self.pad_B), c.heads, W, c.head_dim)  # the last W queries
         self.evicted_at = never_evicted(self.pad_B, P + max_new).repeat(c.layers, 1, c.kv_heads, 1)
         self.memory = memory.PeakBytes()
@@ -360,8 +385,8 @@ class Cache:
             self.memory.hold(k, v)
             e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, now=P)
             if self.rule.accumulates:
-                # 128 queries at a time: P × P weights would be the memory that the cache is there to save
-                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, c], now=c[-1] + 1) for c in column_P.split(128))
+                # some queries at a time: P × P weights would be the memory that the cache is there to save
+                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, c], now=c[-1] + 1) for c in column_P.split(ROWS))
                 e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
             slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.least < P else e.column_BGK
             self.store(l, slot_NGn, e)
@@ -446,7 +471,7 @@ def sample(
     length_B = torch.zeros_like(cache.pad_B)
     alive_B = torch.ones_like(cache.pad_B, dtype=torch.bool)
     while True:
-        logp_BV = model.logits(hidden_BC).log_softmax(dim=-1)
+        logp_BV = log_probs(model.logits(hidden_BC))
         if not logp_BV.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
         if forced_BR is None:
@@ -520,8 +545,13 @@ def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: s
     return found
 
 
-def token_logp(logits_XV: Tensor, token_X: Tensor) -> Tensor:
-    return logits_XV.log_softmax(dim=-1).gather(-1, token_X[:, None])[:, 0]
+def log_probs(logits_XV: Tensor) -> Tensor:
+    return logits_XV.log_softmax(dim=-1, dtype=wide(logits_XV.dtype))
+
+
+def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
+    """The log-probs of these tokens, one of each row."""
+    return logp_XV.gather(-1, token_X[:, None])[:, 0]
 
 
 def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
@@ -529,17 +559,46 @@ def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
     return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
 
 
+def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -> list[Tensor]:
+    """f(token_X, *logp_XV), numbers for each response token (X,), from the log-probs that hidden states (X, C) lead to.
+
+    Some tokens at a time, and the backward pass makes their logits again: those of all tokens are never there at once.
+    """
+
+    def part(token_x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        return f(token_x, *(log_probs(model.logits(hidden_xC)) for hidden_xC in hidden))
+
+    rows = rollout.response_BR[rollout.mask_BR], *hidden
+    parts = zip(*(x.split(max(1, LOGITS // model.config.vocab)) for x in rows), strict=True)
+    found = [checkpoint(part, *some, use_reentrant=False) for some in parts]
+    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+
+def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tensor:
+    """Log-probs (B, R) of the response tokens; zero past the end."""
+    (logp_X,) = by_parts(lambda token_X, logp_XV: (of_tokens(logp_XV, token_X),), model, rollout, hidden_XC)
+    return spread(logp_X, rollout.mask_BR)
+
+
 # Down to `k3`: plain tensors, to be lifted into another trainer. log_ratio_BR is the log of ρ = π_dense / π_sparse at
 # rollout time, the learner's log-prob less the sampler's; zero where mask_BR is False.
 
 
+def same_shape(**tensors: Tensor) -> None:
+    """ValueError unless these have one shape: broadcasting would make another loss of a mistake."""
+    if len({x.shape for x in tensors.values()}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
+
+
 def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
     """w_t = min(ρ_t, cap): token-level truncated importance sampling (Yao et al. 2025)."""
+    same_shape(log_ratio=log_ratio_BR, mask=mask_BR)
     return log_ratio_BR.exp().clamp(max=cap)
 
 
 def sequence_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
     """w = min(Π_t ρ_t, cap), the same for all tokens of a sequence; untruncated, it is unbiased for π_dense."""
+    same_shape(log_ratio=log_ratio_BR, mask=mask_BR)
     return log_ratio_BR.sum(dim=1, keepdim=True).exp().clamp(max=cap).expand_as(log_ratio_BR)
 
 
@@ -553,14 +612,15 @@ class Method(NamedTuple):
     evicts: bool  # does the sampler forget
     replays: bool  # does the learner see what the sampler saw, and call the recorded log-prob the old one
     weight: Callable[[Tensor, Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
-    cap: float = math.inf  # the weight's truncation
+    cap: float | None = None  # the weight's truncation
 
 
 METHODS = {
     "dense": Method(evicts=False, replays=False),
     "naive": Method(evicts=True, replays=False),  # sampled sparse, learned dense, as if they were one policy
     "tis": Method(evicts=True, replays=False, weight=token_is, cap=2.0),
-    "seq_is": Method(evicts=True, replays=False, weight=sequence_is),
+    # all but untruncated: beyond, float32 could not hold the square of a gradient
+    "seq_is": Method(evicts=True, replays=False, weight=sequence_is, cap=1e15),
     "sparse_rl": Method(evicts=True, replays=False, weight=sparse_rl, cap=1.5),
     "smd": Method(evicts=True, replays=True),
 }
@@ -568,12 +628,16 @@ METHODS = {
 
 def group_advantage(reward_NS: Tensor, norm_std: bool = True, eps: float = 1e-6) -> Tensor:
     """(r - mean) / (std + eps) in a prompt's samples (GRPO, 2402.03300), or r - mean (Dr. GRPO, 2503.20783): (N, S)."""
+    if reward_NS.ndim != 2:
+        raise ValueError(f"rewards must be (N, S), a row for each prompt, got {tuple(reward_NS.shape)}")
     centred_NS = reward_NS - reward_NS.mean(dim=1, keepdim=True)
     return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps) if norm_std else centred_NS
 
 
 def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
     """A_t = Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
+    same_shape(value=value_BR, mask=mask_BR)
+    same_shape(reward=reward_B, sequence=value_BR[:, 0])
     last_BR = mask_BR & ~F.pad(mask_BR, (0, 1))[:, 1:]
     next_BR = F.pad(value_BR * mask_BR, (0, 1))[:, 1:]
     delta_BR = (reward_B[:, None] * last_BR + next_BR - value_BR) * mask_BR
@@ -589,7 +653,9 @@ def policy_loss(
     logp_BR: Tensor, old_logp_BR: Tensor, advantage_BR: Tensor, weight_BR: Tensor, mask_BR: Tensor,
     clip: float, longest: int,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped."""
+    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped.
+    All of one shape, or ValueError."""
+    same_shape(logp=logp_BR, old_logp=old_logp_BR, advantage=advantage_BR, weight=weight_BR, mask=mask_BR)
     ratio_BR = (logp_BR - old_logp_BR).exp()
     free_BR = ratio_BR * advantage_BR
     clipped_BR = ratio_BR.clamp(1 - clip, 1 + clip) * advantage_BR
@@ -599,6 +665,7 @@ def policy_loss(
 
 def value_loss(value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Tensor, clip: float) -> Tensor:
     """½ max((V - R)², (V_clip - R)²), V_clip within `clip` of the value at rollout time; mean over tokens."""
+    same_shape(value=value_BR, old=old_BR, returns=return_BR, mask=mask_BR)
     near_BR = old_BR + (value_BR - old_BR).clamp(-clip, clip)
     worst_BR = (value_BR - return_BR).square().maximum((near_BR - return_BR).square())
     return 0.5 * worst_BR[mask_BR].mean()
@@ -607,6 +674,7 @@ def value_loss(value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Ten
 def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float) -> Tensor:
     """-log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]), best against worst sample of each prompt, mean over these pairs.
     Equal rewards make no pair (DPO, 2305.18290; online: 2402.04792)."""
+    same_shape(logp=logp_B, ref_logp=ref_logp_B, reward=reward_NS.flatten())
     margin_NS = (logp_B - ref_logp_B).view_as(reward_NS)
     best_N1 = reward_NS.argmax(dim=1, keepdim=True)
     worst_N1 = reward_NS.argmin(dim=1, keepdim=True)
@@ -615,15 +683,16 @@ def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float)
     return -(F.logsigmoid(beta * gap_N) * pair_N).sum() / pair_N.sum().clamp(min=1)
 
 
-def kl_divergence(p_logits_XV: Tensor, q_logits_XV: Tensor) -> Tensor:
-    """KL(p ‖ q) = Σ_v p (log p - log q) over the whole vocabulary, mean over tokens."""
-    p_XV, q_XV = p_logits_XV.log_softmax(dim=-1), q_logits_XV.log_softmax(dim=-1)
-    return (p_XV.exp() * (p_XV - q_XV)).sum(dim=-1).mean()
+def kl_divergence(p_logp_XV: Tensor, q_logp_XV: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ_v p (log p - log q) of each token over the whole vocabulary, from log-probs: (X,)."""
+    same_shape(p=p_logp_XV, q=q_logp_XV)
+    return (p_logp_XV.exp() * (p_logp_XV - q_logp_XV)).sum(dim=-1)
 
 
 def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor) -> Tensor:
     """r - 1 - log r, r = π_ref / π, mean over tokens. Its value estimates KL(π ‖ π_ref), but its gradient on-policy is
     that of KL(π_ref ‖ π) (Schulman, "Approximating KL divergence")."""
+    same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR)
     log_r_X = (ref_logp_BR - logp_BR)[mask_BR]
     return (log_r_X.exp() - 1 - log_r_X).mean()
 
@@ -637,15 +706,20 @@ def effective_share(log_weight_n: Tensor) -> float:
 @torch.no_grad()
 def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
     """How far π_dense is from π_sparse on the sampled prefixes, by one pass without gradients."""
+
+    def compare(token_X: Tensor, shadow_XV: Tensor, dense_XV: Tensor) -> tuple[Tensor, ...]:
+        overlap_X = shadow_XV.minimum(dense_XV).exp().sum(dim=-1)
+        kl_X = kl_divergence(shadow_XV, dense_XV)
+        return of_tokens(shadow_XV, token_X), of_tokens(dense_XV, token_X), kl_X, overlap_X
+
     records = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
-    shadow_XV, dense_XV = map(model.logits, replay(model, rollout, *records, backend=backend))
-    log_ratio_BR = rollout.logp(dense_XV).double() - rollout.logp_BR
-    log_ratio_B = log_ratio_BR.sum(dim=1)
-    log_ratio_X = log_ratio_BR[rollout.mask_BR]
-    overlap_X = shadow_XV.softmax(dim=-1).minimum(dense_XV.softmax(dim=-1)).sum(dim=-1)
+    hidden = replay(model, rollout, *records, backend=backend)
+    shadow_X, dense_X, kl_X, overlap_X = by_parts(compare, model, rollout, *hidden)
+    log_ratio_X = dense_X.double() - rollout.logp_BR[rollout.mask_BR]
+    log_ratio_B = spread(log_ratio_X, rollout.mask_BR).sum(dim=1)
     return dict(
-        replay_error=(rollout.logp(shadow_XV) - rollout.logp_BR).abs().max().item(),
-        kl_sparse_dense=kl_divergence(shadow_XV, dense_XV).item(),
+        replay_error=(shadow_X - rollout.logp_BR[rollout.mask_BR]).abs().max().item(),
+        kl_sparse_dense=kl_X.mean().item(),
         overlap_p05=overlap_X.quantile(0.05).item(),
         ess_token=effective_share(log_ratio_X),
         ess_sequence=effective_share(log_ratio_B),
@@ -667,6 +741,10 @@ class Policy(nn.Module):
             nn.init.zeros_(self.critic.bias)
         if s.objective == "dpo" or s.kl_ref:
             self.reference = copy.deepcopy(model).requires_grad_(False)
+
+    def value(self, hidden_XC: Tensor) -> Tensor:
+        """What the critic expects as the reward (X,)."""
+        return self.critic(hidden_XC)[:, 0].to(wide(hidden_XC.dtype))
 
 
 @dataclass(frozen=True)
@@ -703,12 +781,12 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
     if not method.replays or policy.critic is not None:
         (hidden_XC,) = replay(policy.model, rollout, seen_LBGT, backend=s.backend)
         if not method.replays:
-            old_logp_BR = rollout.logp(policy.model.logits(hidden_XC))
+            old_logp_BR = response_logp(policy.model, rollout, hidden_XC)
         if policy.critic is not None:
-            value_BR = spread(policy.critic(hidden_XC)[:, 0], mask_BR)
+            value_BR = spread(policy.value(hidden_XC), mask_BR)
     if policy.reference is not None:
         (hidden_XC,) = replay(policy.reference, rollout, seen_LBGT, backend=s.backend)
-        ref_logp_BR = rollout.logp(policy.reference.logits(hidden_XC))
+        ref_logp_BR = response_logp(policy.reference, rollout, hidden_XC)
     weight_BR = torch.ones_like(rollout.logp_BR)
     if method.weight is not None:
         weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, method.cap)
@@ -736,8 +814,17 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
     track_2 = method.replays and s.lam > 0
     records = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
     hidden = replay(model, rollout, *records, backend=s.backend)
-    logits_XV = model.logits(hidden[0])
-    logp_BR = rollout.logp(logits_XV)
+
+    def figures(token_X: Tensor, logp_XV: Tensor, dense_XV: Tensor | None = None) -> tuple[Tensor, ...]:
+        fixed_XV = logp_XV.detach()
+        entropy_X = -(fixed_XV.exp() * fixed_XV).sum(dim=-1)
+        # no gradient reaches the target's logits, but both policies share their weights: a bad sparse policy (λ = 1, a
+        # budget too small) drags the dense one down. Reward and KL fall together then
+        kl_X = kl_divergence(dense_XV, fixed_XV) if track_2 else torch.zeros_like(entropy_X)
+        return of_tokens(logp_XV, token_X), entropy_X, kl_X
+
+    logp_X, entropy_X, kl_X = by_parts(figures, model, rollout, *hidden)
+    logp_BR = spread(logp_X, mask_BR)
     if s.objective == "dpo":
         reward_NS = batch.reward_B.view(len(rollout.prompt_NP), -1)
         loss = dpo_loss(logp_BR.sum(dim=1), batch.ref_logp_BR.sum(dim=1), reward_NS, DPO_BETA)
@@ -746,36 +833,49 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
         surrogate = logp_BR, batch.old_logp_BR, batch.advantage_BR, batch.weight_BR, mask_BR
         loss, clip_fraction = policy_loss(*surrogate, CLIP, s.max_new)
     if policy.critic is not None:
-        value_BR = spread(policy.critic(hidden[0])[:, 0], mask_BR)
+        value_BR = spread(policy.value(hidden[0]), mask_BR)
         loss = loss + VALUE_COEF * value_loss(value_BR, batch.value_BR, batch.return_BR, mask_BR, CLIP)
     if track_2:
-        # no gradient reaches the target's logits, but both policies share their weights: a bad sparse policy (λ = 1, a
-        # budget too small) drags the dense one down. Reward and KL fall together then
-        loss = loss + s.lam * kl_divergence(model.logits(hidden[1]), logits_XV.detach())
+        loss = loss + s.lam * kl_X.mean()
     if s.kl_ref:
         loss = loss + s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
-    policy_XV = logits_XV.detach().log_softmax(dim=-1)
-    entropy = -(policy_XV.exp() * policy_XV).sum(dim=-1).mean().item()
-    figures = dict(loss=loss.item(), entropy=entropy, clip_fraction=clip_fraction)
+    row = dict(loss=loss.item(), entropy=entropy_X.mean().item(), clip_fraction=clip_fraction)
     if method.replays or not method.evicts:
-        figures["replay_error"] = (logp_BR - rollout.logp_BR).abs().max().item()
-    return loss, figures
+        row["replay_error"] = (logp_BR - rollout.logp_BR).abs().max().item()
+    return loss, row
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict:
-    """s.epochs times s.minibatches gradient steps. Raises FloatingPointError where a loss is not finite."""
-    prompt_N = torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device)
-    parts = [batch.of_prompts(n) for n in prompt_N.tensor_split(s.minibatches)]
+@torch.no_grad()
+def check_finite(policy: Policy, batch: Batch) -> None:
+    """FloatingPointError where the weights, or what they make of the first prompt, are not finite."""
+    first = batch.of_prompts(torch.zeros(1, dtype=torch.long, device=batch.reward_B.device)).rollout
+    (hidden_XC,) = replay(policy.model, first, first.never_evicted_LBGT)
+    weights = all(p.isfinite().all() for p in policy.parameters())
+    if not (weights and response_logp(policy.model, first, hidden_XC).isfinite().all()):
+        raise FloatingPointError("the updated policy is not finite")
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings, step: int) -> dict:
+    """s.epochs times s.minibatches gradient steps, in each pass on other parts of the batch.
+
+    Raises FloatingPointError where a loss, a gradient or what comes of it is not finite.
+    """
+    N = len(batch.rollout.prompt_NP)
+    generator = streams.torch_stream("cpu", s.seed, streams.MINIBATCHES, step)
     rows = []
-    for part in parts * s.epochs:
-        loss, figures = learner_loss(policy, part, s)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()}")
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        rows.append(figures | {"grad_norm": norm.item()})
+    for _ in range(s.epochs):
+        shuffled_N = torch.randperm(N, generator=generator) if s.minibatches > 1 else torch.arange(N)
+        for n in shuffled_N.to(batch.reward_B.device).tensor_split(s.minibatches):
+            part = batch.of_prompts(n)
+            loss, row = learner_loss(policy, part, s)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
+            optimizer.step()
+            rows.append(row | {"grad_norm": norm.item()})
+    check_finite(policy, batch)
     # loss, entropy and replay error are those before the first update, of its part; the other two are means
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
 
@@ -800,7 +900,7 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     watch.lap("diag")
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-    learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s)
+    learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s, step)
     watch.lap("learn")
     return row | dict(replay_error=None) | learned | diagnosis | report.of_rollout(rollout) | watch.seconds
 
@@ -809,28 +909,31 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     """Warm up, evaluate, train, evaluate. Leaves its files in settings.out; returns what summary.json holds.
 
     reward(prompt, response, answer) -> float may be anything: a verifier, a reward model, an AI judge; None takes the
-    task's own. Raises UsageError for what cannot be used, FloatingPointError where loss or logits stop being finite.
+    task's own. Raises UsageError for what cannot be used, FloatingPointError where anything stops being finite.
     """
     s = checked(settings)
     run = runs.Run(s)
     agent = agent_for(s)
+    reward = reward or agent.task.reward
+    tasks.check_reward(reward, agent.task.held_out(1)[0])
     policy = Policy(agent.model, s)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if not run.resume(policy, optimizer):
-        base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps, s.backend)
-        if policy.reference is not None:
-            policy.reference.load_state_dict(agent.model.state_dict())
-        run.start(agent.evaluate(), policy, optimizer)
-    with report.Progress("training", s.steps, len(run.rows)) as progress:
-        for step in range(len(run.rows) + 1, s.steps + 1):
-            with run.naming(step):
-                row = train_step(agent, policy, optimizer, reward or agent.task.reward, step)
-            if s.eval_every and step % s.eval_every == 0:
-                row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
-            run.log(row, policy, optimizer)
-            progress.step(reward=row["reward"], accuracy=row["accuracy"])
-    return run.finish(run.evaluated() or agent.evaluate(), agent.task.held_out(1)[0].prompt)
+    with run:
+        if not run.resume(policy, optimizer):
+            base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps, s.backend)
+            if policy.reference is not None:
+                policy.reference.load_state_dict(agent.model.state_dict())
+            run.start(agent.evaluate(), policy, optimizer)
+        with report.Progress("training", s.steps, len(run.rows)) as progress:
+            for step in range(len(run.rows) + 1, s.steps + 1):
+                with run.naming(step):
+                    row = train_step(agent, policy, optimizer, reward, step)
+                    if s.eval_every and step % s.eval_every == 0:
+                        row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
+                    run.log(row, policy, optimizer)
+                progress.step(reward=row["reward"], accuracy=row["accuracy"])
+        return run.finish(run.evaluated() or agent.evaluate(), agent.task.held_out(1)[0].prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

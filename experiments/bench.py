@@ -72,7 +72,7 @@ def learner() -> dict[str, float]:
             policy, rollout, _, s = args
             batch = given or smd.prepare(*args)
             batch = batch if shared else dataclasses.replace(batch, rollout=repeated(rollout))
-            smd.update(policy, optimizer, batch, s)
+            smd.update(policy, optimizer, batch, s, step=1)
 
         contenders[name] = step
     return medians(contenders, s.device, REPEATS)

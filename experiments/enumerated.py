@@ -59,7 +59,7 @@ class World:
     def logp(self, dense: bool) -> Tensor:
         """Differentiable log-probs (responses, tokens) of π_dense or π_shadow."""
         seen_LBGT = self.rollout.never_evicted_LBGT if dense else self.rollout.evicted_at_LBGT
-        return self.rollout.logp(self.logits(seen_LBGT))
+        return smd.response_logp(self.model, self.rollout, smd.replay(self.model, self.rollout, seen_LBGT)[0])
 
     def objective_gradient(self, dense: bool) -> Tensor:
         """∇J = ∇ Σ_y p(y) r(y)."""

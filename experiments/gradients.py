@@ -29,7 +29,7 @@ def gradient_of(world: World, n: int, dense: bool) -> Tensor:
     r = dataclasses.replace(r, **part, evicted_at_LBGT=r.evicted_at_LBGT[:, only])
     seen_LBGT = r.never_evicted_LBGT if dense else r.evicted_at_LBGT
     (hidden_XC,) = smd.replay(world.model, r, seen_LBGT)
-    return gradient(r.logp(world.model.logits(hidden_XC)).sum(), world.model)
+    return gradient(smd.response_logp(world.model, r, hidden_XC).sum(), world.model)
 
 
 def noise(world: World, dense: bool) -> float:
