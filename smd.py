@@ -26,7 +26,6 @@ all response tokens in one row. A column counts from the left edge of the padded
 above; the RoPE position is the column less the padding before it.
 """
 
-import copy
 import dataclasses
 import math
 import os
@@ -42,15 +41,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernel
 from harness import base, cli, device, memory, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import opt, require
+from harness.objectives import Policy, dpo_loss, effective_share, gae, k3, same_shape, value_loss
 from kernel import NEVER, attention_torch, shadow_attention
-from tiny_model import ModelConfig, TinyModel, never_evicted, rope_positions
+from tiny_model import ModelConfig, TinyModel, never_evicted, rope_positions, wide
 
 # what nobody has to turn, and why it is what it is
 CLIP = 0.2  # PPO's ε; bites from a batch's second update on
@@ -82,9 +82,7 @@ class Settings:
     resume: bool = everyday(False, "continue the run in --out; what is not given is taken from it", free=True)
     prompt: str | None = everyday(None, "with --resume: answer this prompt from the checkpoint, and stop", free=True)
     interval: int = sampling(4, "response tokens between two compressions of the cache", 1)
-    window: int = sampling(
-        4, "last queries, which snapkv and rkv read, and whose keys these two and random always keep", 1
-    )
+    window: int = sampling(4, "last queries, which snapkv and rkv read; these two and random always keep their keys", 1)
     sinks: int = sampling(1, "first keys, which streaming, snapkv and random always keep", 0)
     pool: int | None = sampling(None, "snapkv: neighbours that a score is averaged over (default: 1; text 5)", 1)
     prompts: int | None = sampling(None, "prompts per step (default: 32; text 8)", 1)
@@ -112,9 +110,8 @@ def checked(s: Settings) -> Settings:
     cli.check_values(s, CHOICES)
     s = cli.fill_in(s, device=device.default(), task="chain" if s.data is None else "text")
     s = cli.fill_in(s, **tasks.TASKS[s.task].defaults(s))
-    require(
-        s.width % (2 * ModelConfig.heads) == 0, f"--width must be a multiple of {2 * ModelConfig.heads}, got {s.width}"
-    )
+    unit = 2 * ModelConfig.heads
+    require(s.width % unit == 0, f"--width must be a multiple of {unit}, got {s.width}")
     require(s.pool % 2 == 1, f"--pool must be odd, a key and as many neighbours on either side, got {s.pool}")
     grouped = s.samples > 1 or s.objective == "ppo"
     require(grouped, f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1")
@@ -181,11 +178,6 @@ class Entries:
         return self.column_BGK < self.pad_B[:, None, None] + self.eviction.sinks
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 or better: what log-probs, KLs, weights and sums of attention are in, whatever the model computes in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 or better, under torch.autocast as well."""
     with torch.autocast(a.device.type, enabled=False):
@@ -237,11 +229,9 @@ def tova(e: Entries) -> Tensor:
 
 
 def knorm(e: Entries) -> Tensor:
-    """Keys of small norm are the ones that receive much attention (2406.11430).
-
-    In the first layer equal tokens have keys of equal norms, up to what rounding makes of their rotations. In steps of
-    0.1 % they tie, and of a tie the earlier key stays.
-    """
+    """Keys of small norm are the ones that receive much attention (2406.11430)."""
+    # in steps of 0.1 %: in the first layer the norms of equal tokens differ by rounding alone, and of those the earlier
+    # key is to stay, whatever the precision
     norm_BGK = e.k_BGKD.to(wide(e.k_BGKD.dtype)).norm(dim=-1)
     return -(1000 * norm_BGK.log()).round()
 
@@ -471,7 +461,7 @@ def sample(
     length_B = torch.zeros_like(cache.pad_B)
     alive_B = torch.ones_like(cache.pad_B, dtype=torch.bool)
     while True:
-        logp_BV = log_probs(model.logits(hidden_BC))
+        logp_BV = model.log_probs(hidden_BC)
         if not logp_BV.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
         if forced_BR is None:
@@ -545,12 +535,7 @@ def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: s
     return found
 
 
-def log_probs(logits_XV: Tensor) -> Tensor:
-    return logits_XV.log_softmax(dim=-1, dtype=wide(logits_XV.dtype))
-
-
 def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
-    """The log-probs of these tokens, one of each row."""
     return logp_XV.gather(-1, token_X[:, None])[:, 0]
 
 
@@ -560,13 +545,13 @@ def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
 
 
 def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -> list[Tensor]:
-    """f(token_X, *logp_XV), numbers for each response token (X,), from the log-probs that hidden states (X, C) lead to.
+    """What f makes of the response tokens (X,) and of the log-probs (X, V) that each of `hidden` (X, C) leads to.
 
     Some tokens at a time, and the backward pass makes their logits again: those of all tokens are never there at once.
     """
 
     def part(token_x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-        return f(token_x, *(log_probs(model.logits(hidden_xC)) for hidden_xC in hidden))
+        return f(token_x, *map(model.log_probs, hidden))
 
     rows = rollout.response_BR[rollout.mask_BR], *hidden
     parts = zip(*(x.split(max(1, LOGITS // model.config.vocab)) for x in rows), strict=True)
@@ -580,14 +565,9 @@ def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tens
     return spread(logp_X, rollout.mask_BR)
 
 
-# Down to `k3`: plain tensors, to be lifted into another trainer. log_ratio_BR is the log of ρ = π_dense / π_sparse at
-# rollout time, the learner's log-prob less the sampler's; zero where mask_BR is False.
-
-
-def same_shape(**tensors: Tensor) -> None:
-    """ValueError unless these have one shape: broadcasting would make another loss of a mistake."""
-    if len({x.shape for x in tensors.values()}) > 1:
-        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
+# Down to `kl_divergence`: plain tensors, to be lifted into another trainer, ValueError where their shapes differ.
+# log_ratio_BR is the log of ρ = π_dense / π_sparse at rollout time, the learner's log-prob less the sampler's; zero
+# where mask_BR is False.
 
 
 def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
@@ -634,27 +614,14 @@ def group_advantage(reward_NS: Tensor, norm_std: bool = True, eps: float = 1e-6)
     return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps) if norm_std else centred_NS
 
 
-def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
-    """A_t = Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
-    same_shape(value=value_BR, mask=mask_BR)
-    same_shape(reward=reward_B, sequence=value_BR[:, 0])
-    last_BR = mask_BR & ~F.pad(mask_BR, (0, 1))[:, 1:]
-    next_BR = F.pad(value_BR * mask_BR, (0, 1))[:, 1:]
-    delta_BR = (reward_B[:, None] * last_BR + next_BR - value_BR) * mask_BR
-    advantage_BR = torch.zeros_like(value_BR)
-    running_B = torch.zeros_like(reward_B)
-    for t in reversed(range(value_BR.shape[1])):
-        running_B = delta_BR[:, t] + lam * running_B
-        advantage_BR[:, t] = running_B
-    return advantage_BR
-
-
 def policy_loss(
     logp_BR: Tensor, old_logp_BR: Tensor, advantage_BR: Tensor, weight_BR: Tensor, mask_BR: Tensor,
     clip: float, longest: int,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped.
-    All of one shape, or ValueError."""
+
+    ValueError where the tensors are not of one shape.
+    """
     same_shape(logp=logp_BR, old_logp=old_logp_BR, advantage=advantage_BR, weight=weight_BR, mask=mask_BR)
     ratio_BR = (logp_BR - old_logp_BR).exp()
     free_BR = ratio_BR * advantage_BR
@@ -663,44 +630,10 @@ def policy_loss(
     return loss, ((clipped_BR < free_BR) & mask_BR).sum().item() / mask_BR.sum().item()
 
 
-def value_loss(value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Tensor, clip: float) -> Tensor:
-    """½ max((V - R)², (V_clip - R)²), V_clip within `clip` of the value at rollout time; mean over tokens."""
-    same_shape(value=value_BR, old=old_BR, returns=return_BR, mask=mask_BR)
-    near_BR = old_BR + (value_BR - old_BR).clamp(-clip, clip)
-    worst_BR = (value_BR - return_BR).square().maximum((near_BR - return_BR).square())
-    return 0.5 * worst_BR[mask_BR].mean()
-
-
-def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float) -> Tensor:
-    """-log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]), best against worst sample of each prompt, mean over these pairs.
-    Equal rewards make no pair (DPO, 2305.18290; online: 2402.04792)."""
-    same_shape(logp=logp_B, ref_logp=ref_logp_B, reward=reward_NS.flatten())
-    margin_NS = (logp_B - ref_logp_B).view_as(reward_NS)
-    best_N1 = reward_NS.argmax(dim=1, keepdim=True)
-    worst_N1 = reward_NS.argmin(dim=1, keepdim=True)
-    gap_N = (margin_NS.gather(1, best_N1) - margin_NS.gather(1, worst_N1))[:, 0]
-    pair_N = reward_NS.amax(dim=1) > reward_NS.amin(dim=1)
-    return -(F.logsigmoid(beta * gap_N) * pair_N).sum() / pair_N.sum().clamp(min=1)
-
-
 def kl_divergence(p_logp_XV: Tensor, q_logp_XV: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_v p (log p - log q) of each token over the whole vocabulary, from log-probs: (X,)."""
     same_shape(p=p_logp_XV, q=q_logp_XV)
     return (p_logp_XV.exp() * (p_logp_XV - q_logp_XV)).sum(dim=-1)
-
-
-def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor) -> Tensor:
-    """r - 1 - log r, r = π_ref / π, mean over tokens. Its value estimates KL(π ‖ π_ref), but its gradient on-policy is
-    that of KL(π_ref ‖ π) (Schulman, "Approximating KL divergence")."""
-    same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR)
-    log_r_X = (ref_logp_BR - logp_BR)[mask_BR]
-    return (log_r_X.exp() - 1 - log_r_X).mean()
-
-
-def effective_share(log_weight_n: Tensor) -> float:
-    """Effective sample size (Σw)² / Σw² over n."""
-    weight_n = (log_weight_n - log_weight_n.max()).exp()
-    return (weight_n.sum().square() / weight_n.square().sum() / len(weight_n)).item()
 
 
 @torch.no_grad()
@@ -709,42 +642,25 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
 
     def compare(token_X: Tensor, shadow_XV: Tensor, dense_XV: Tensor) -> tuple[Tensor, ...]:
         overlap_X = shadow_XV.minimum(dense_XV).exp().sum(dim=-1)
-        kl_X = kl_divergence(shadow_XV, dense_XV)
-        return of_tokens(shadow_XV, token_X), of_tokens(dense_XV, token_X), kl_X, overlap_X
+        return (
+            of_tokens(shadow_XV, token_X),
+            of_tokens(dense_XV, token_X),
+            kl_divergence(shadow_XV, dense_XV),
+            overlap_X,
+        )
 
     records = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
     hidden = replay(model, rollout, *records, backend=backend)
     shadow_X, dense_X, kl_X, overlap_X = by_parts(compare, model, rollout, *hidden)
-    log_ratio_X = dense_X.double() - rollout.logp_BR[rollout.mask_BR]
+    drawn_X = rollout.logp_BR[rollout.mask_BR]
+    log_ratio_X = dense_X.double() - drawn_X
     log_ratio_B = spread(log_ratio_X, rollout.mask_BR).sum(dim=1)
-    return dict(
-        replay_error=(shadow_X - rollout.logp_BR[rollout.mask_BR]).abs().max().item(),
-        kl_sparse_dense=kl_X.mean().item(),
-        overlap_p05=overlap_X.quantile(0.05).item(),
-        ess_token=effective_share(log_ratio_X),
-        ess_sequence=effective_share(log_ratio_B),
-        max_weight_token=log_ratio_X.max().clamp(max=700).exp().item(),  # e^700 is about the largest float64
-        max_weight_sequence=log_ratio_B.max().clamp(max=700).exp().item(),
-    )
-
-
-class Policy(nn.Module):
-    """What is trained: the model and, with ppo, a critic on its hidden states; and the frozen base policy, if used."""
-
-    def __init__(self, model: TinyModel, s: Settings):
-        super().__init__()
-        self.model = model
-        self.critic = self.reference = None
-        if s.objective == "ppo":
-            self.critic = nn.Linear(model.config.width, 1).to(model.norm.weight)
-            nn.init.zeros_(self.critic.weight)
-            nn.init.zeros_(self.critic.bias)
-        if s.objective == "dpo" or s.kl_ref:
-            self.reference = copy.deepcopy(model).requires_grad_(False)
-
-    def value(self, hidden_XC: Tensor) -> Tensor:
-        """What the critic expects as the reward (X,)."""
-        return self.critic(hidden_XC)[:, 0].to(wide(hidden_XC.dtype))
+    found = dict(replay_error=(shadow_X - drawn_X).abs().max().item())
+    found |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
+    for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
+        found[f"ess_{name}"] = effective_share(log_weight_n)
+        found[f"max_weight_{name}"] = log_weight_n.max().clamp(max=700).exp().item()  # e^709 is beyond float64
+    return found
 
 
 @dataclass(frozen=True)
@@ -845,21 +761,8 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
     return loss, row
 
 
-@torch.no_grad()
-def check_finite(policy: Policy, batch: Batch) -> None:
-    """FloatingPointError where the weights, or what they make of the first prompt, are not finite."""
-    first = batch.of_prompts(torch.zeros(1, dtype=torch.long, device=batch.reward_B.device)).rollout
-    (hidden_XC,) = replay(policy.model, first, first.never_evicted_LBGT)
-    weights = all(p.isfinite().all() for p in policy.parameters())
-    if not (weights and response_logp(policy.model, first, hidden_XC).isfinite().all()):
-        raise FloatingPointError("the updated policy is not finite")
-
-
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings, step: int) -> dict:
-    """s.epochs times s.minibatches gradient steps, in each pass on other parts of the batch.
-
-    Raises FloatingPointError where a loss, a gradient or what comes of it is not finite.
-    """
+    """s.epochs times s.minibatches gradient steps; FloatingPointError where a loss or a gradient is not finite."""
     N = len(batch.rollout.prompt_NP)
     generator = streams.torch_stream("cpu", s.seed, streams.MINIBATCHES, step)
     rows = []
@@ -875,7 +778,6 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
                 raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
             optimizer.step()
             rows.append(row | {"grad_norm": norm.item()})
-    check_finite(policy, batch)
     # loss, entropy and replay error are those before the first update, of its part; the other two are means
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
 
@@ -894,13 +796,13 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     rewards = tasks.score(reward, examples, texts)
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(texts, examples))
     watch.lap("sample")
-    diagnosis = {}
-    if (step - 1) % DIAGNOSE_EVERY == 0:
-        diagnosis = diagnose(policy.model, rollout, s.backend)
+    due = (step - 1) % DIAGNOSE_EVERY == 0
+    diagnosis = diagnose(policy.model, rollout, s.backend) if due else {}
     watch.lap("diag")
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
     learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s, step)
+    agent.check_finite()
     watch.lap("learn")
     return row | dict(replay_error=None) | learned | diagnosis | report.of_rollout(rollout) | watch.seconds
 

@@ -551,7 +551,7 @@ def test_3_a_budget_that_holds_everything_is_the_dense_model(policy):
             pad = rollout.pad_N.repeat_interleave(3)
             nothing_evicted = never_evicted(pad, tokens.shape[1]).expand(2, -1, 2, -1)
             logits = model.logits(model(tokens, pad, nothing_evicted)[:, P - 1 :][mask])
-        dense = smd.of_tokens(smd.log_probs(logits), rollout.response_BR[mask])
+        dense = smd.of_tokens(logits.log_softmax(-1), rollout.response_BR[mask])
         assert torch.allclose(rollout.logp_BR[mask], dense, rtol=0, atol=1e-12) == same
         shadow, plain = learner(model, rollout, "smd", lam=0.0), learner(model, rollout, "dense")
         assert torch.allclose(shadow[1], plain[1], rtol=1e-10, atol=1e-12) == same
@@ -2529,7 +2529,7 @@ def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
     def forward(record_LBGT):
         """A model that knows nothing of shared prompts: the whole sequence, each with its own."""
         tokens_BT = torch.cat((r.prompt_NP.repeat_interleave(3, dim=0), r.response_BR), dim=1)
-        return model.logits(
+        return model.log_probs(
             model(tokens_BT, r.pad_N.repeat_interleave(3), record_LBGT)[:, r.prompt_NP.shape[1] - 1 : -1]
         )
 

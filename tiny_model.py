@@ -72,6 +72,11 @@ def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
     return x_BHTD * cos_B1TD + torch.cat((-hi, lo), dim=-1) * sin_B1TD
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better: what log-probs, KLs, weights and sums of attention are in, whatever the model computes in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -156,3 +161,8 @@ class TinyModel(nn.Module):
 
     def logits(self, hidden_XC: Tensor) -> Tensor:
         return self.lm_head(hidden_XC)
+
+    def log_probs(self, hidden_XC: Tensor) -> Tensor:
+        """Over the vocabulary (X, V), in float32 or better."""
+        logits_XV = self.logits(hidden_XC)
+        return logits_XV.log_softmax(dim=-1, dtype=wide(logits_XV.dtype))

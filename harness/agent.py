@@ -9,7 +9,7 @@ from harness.base import SEED
 from harness.report import Progress
 from harness.tasks import TASKS, Example
 from harness.text import check_examples, check_prompt, decode, load_encoding, tokenize
-from tiny_model import ModelConfig, TinyModel, swiglu_width
+from tiny_model import ModelConfig, TinyModel, never_evicted, swiglu_width
 
 EVALUATION_BATCH = 64  # held-out prompts at a time
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
@@ -41,6 +41,15 @@ class Agent:
         eviction = self.eviction if evict else None
         rollout = self.sample(self.model, *prompts, *limits, eviction, generator, backend=self.s.backend)
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """FloatingPointError where the weights, or what they make of a prompt, are not finite."""
+        tokens_NP, pad_N = tokenize(self.encoding, [self.task.examples[0].prompt], self.s.device)
+        record_L1GP = never_evicted(pad_N, tokens_NP.shape[1]).repeat(self.config.layers, 1, self.config.kv_heads, 1)
+        logits_V = self.model.logits(self.model(tokens_NP, pad_N, record_L1GP)[0, -1])
+        if not all(x.isfinite().all() for x in (logits_V, *self.model.parameters())):
+            raise FloatingPointError("the updated policy is not finite")
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse and with the full cache."""
