@@ -642,15 +642,10 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
 
     def compare(token_X: Tensor, shadow_XV: Tensor, dense_XV: Tensor) -> tuple[Tensor, ...]:
         overlap_X = shadow_XV.minimum(dense_XV).exp().sum(dim=-1)
-        return (
-            of_tokens(shadow_XV, token_X),
-            of_tokens(dense_XV, token_X),
-            kl_divergence(shadow_XV, dense_XV),
-            overlap_X,
-        )
+        drawn = of_tokens(shadow_XV, token_X), of_tokens(dense_XV, token_X)
+        return *drawn, kl_divergence(shadow_XV, dense_XV), overlap_X
 
-    records = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
-    hidden = replay(model, rollout, *records, backend=backend)
+    hidden = replay(model, rollout, rollout.evicted_at_LBGT, rollout.never_evicted_LBGT, backend=backend)
     shadow_X, dense_X, kl_X, overlap_X = by_parts(compare, model, rollout, *hidden)
     drawn_X = rollout.logp_BR[rollout.mask_BR]
     log_ratio_X = dense_X.double() - drawn_X

@@ -1,6 +1,6 @@
 """Speed of learner and sampler as ratios, and the memory of the cache, measured in one go.
 
-    python -m experiments.bench          prints three tables, and all figures once more as one line of JSON
+    python -m experiments.bench          prints four tables, and all figures once more as one line of JSON
 
 Times are medians of runs that alternate, so that a machine that slows down slows all of them. The model has its initial
 weights: neither time nor memory depends on what it has learned.
@@ -84,9 +84,9 @@ def random_prompts(agent: Agent, N: int, P: int) -> tuple[Tensor, Tensor]:
     return tokens_NP, torch.zeros(N, dtype=torch.long, device=agent.s.device)
 
 
-def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float) -> smd.Rollout:
+def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float, policy: str = "snapkv") -> smd.Rollout:
     """N prompts of P random tokens, S samples of exactly R tokens; with a share of 1 from the full cache."""
-    eviction = None if share == 1 else dataclasses.replace(agent.eviction, budget=share)
+    eviction = None if share == 1 else dataclasses.replace(agent.eviction, budget=share, policy=policy)
     generator = torch_stream(agent.s.device, 0, SAMPLING)
     # no token is -1, so that no response ends early
     return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction, generator)
@@ -119,6 +119,19 @@ def sampler(agent: Agent) -> dict[str, float]:
     return {name: PROMPTS * SAMPLES * NEW / value for name, value in seconds.items()}
 
 
+def policies(agent: Agent) -> dict[str, dict]:
+    """Of each policy, 25 % kept: tokens per second over a full cache's, and peak bytes over those of a full cache."""
+    names = list(smd.EVICTIONS)
+    contenders = {name: lambda name=name: draw(agent, PROMPTS, PROMPT, SAMPLES, NEW, 0.25, name) for name in names}
+    contenders["full"] = lambda: draw(agent, PROMPTS, PROMPT, SAMPLES, NEW, 1.0)
+    seconds = medians(contenders, agent.s.device, 3)
+    rows = {}
+    for name in names:
+        long = draw(agent, 1, 2048, 1, 32, 0.25, name)
+        rows[name] = dict(speed=seconds["full"] / seconds[name], of_full=long.kv_bytes / long.full_kv_bytes)
+    return rows
+
+
 def memory(agent: Agent) -> list[dict]:
     """Measured peak bytes of the compressed cache, over the keys and values of a full one; 25 % of the prompt kept."""
     rows = []
@@ -147,13 +160,17 @@ def main() -> None:
     )
     for name, value in rates.items():
         print(f"  {name:42}{value:12.0f}{value / rates['kept 100%']:18.2f}")
+    by_policy = policies(agent)
+    print("policy, 25 % kept     tokens per second over kept 100%     peak over a full cache, 2,048 + 32 tokens")
+    for name, row in by_policy.items():
+        print(f"  {name:12}{row['speed']:36.2f}{row['of_full']:44.2f}")
     rows = memory(agent)
     print("peak of the cache, 25 % of the prompt kept, over that of a full cache with")
     print("prompt   new  samples  a prompt per sample  a shared prompt")
     for row in rows:
         print("{prompt:6}{new:6}{samples:9}{of_full:21.2f}{of_shared:17.2f}".format(**row))
     found = dict(device=agent.s.device, threads=torch.get_num_threads(), learner_seconds=seconds)
-    print(json.dumps(found | dict(tokens_per_second=rates, memory=rows)))
+    print(json.dumps(found | dict(tokens_per_second=rates, policies=by_policy, memory=rows)))
 
 
 if __name__ == "__main__":
