@@ -41,10 +41,10 @@ import kernel
 import smd
 from experiments import kernels
 from experiments.enumerated import World, distance, gradient
-from harness import cli, device, report, runs, tasks, text
+from harness import base, cli, device, report, runs, tasks, text
 from harness.agent import Agent
 from harness.memory import PeakBytes
-from harness.streams import numpy_stream
+from harness.streams import numpy_stream, torch_stream
 from kernel import NEVER, shadow_attention
 from smd import Eviction, Settings
 from tiny_model import ModelConfig, TinyModel, never_evicted
@@ -1057,6 +1057,7 @@ def bad_inputs(tmp: Path) -> list:
         (["--encoding", "klingon"], "--encoding must be bytes or one of"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "magic"], "--backend must be one of torch"),
+        (["--backend", "triton", "--width", "1024"], "takes head dims up to 128, got width / heads = 256"),
         (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
         (["--width", "100"], "--width must be a multiple of 8, got 100"),
         (["--out", "/dev/null/run"], "/dev/null/run cannot be written: Not a directory"),
@@ -1445,6 +1446,125 @@ def test_9_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
     assert [samples for samples, _ in evicted] == [1, 1, 4, 1, 1] * 3
 
 
+def test_9_the_same_seed_asks_the_same_on_any_machine():
+    """The prompt that the README shows; another stream would be another base policy, and other results."""
+    readme = (HERE / "README.md").read_text()
+    assert chain().held_out(1)[0].prompt in readme
+    assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
+
+
+def test_9_weights_begin_with_the_variance_that_is_said():
+    config = ModelConfig(vocab=500, width=128, layers=2, heads=4, kv_heads=2, ffn=200, qkv_bias=True, tied=False)
+    for name, p in TinyModel(config, seed=1).named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif p.ndim == 1:
+            assert (p == 1).all()
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5 / (2.0 if writes else 1.0)
+            assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5 * std / p.numel() ** 0.5
+    a, b, c = (TinyModel(config, seed=seed).layers[0].mlp.up_proj.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert TinyModel(ModelConfig(vocab=5)).lm_head.weight is not TinyModel(ModelConfig(vocab=5)).embed_tokens.weight
+    tied = TinyModel(ModelConfig(vocab=5))
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkeypatch):
+    model, encoding, records = small_model(vocab=257), text.load_encoding("bytes"), []
+    forward = TinyModel.forward
+    monkeypatch.setattr(TinyModel, "forward", lambda m, *args: records.append(args[2].clone()) or forward(m, *args))
+    examples = [tasks.Example("abcdefgh", "xyz"), tasks.Example("abcde", "y"), tasks.Example("a", "xx")]
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(base, "DROP", 0.0)
+    logp_BR, length_B = base.answer_logp(model, encoding, examples, generator, None)
+    assert length_B.tolist() == [4, 2, 3] and logp_BR.shape == (3, 4)
+    for b, (prompt, answer) in enumerate(examples):
+        oracle = Oracle(model, list(prompt.encode()), [*answer.encode(), 256], None, 0)
+        compare("log-probs", logp_BR[b, : length_B[b]], oracle.logp, 1e-10)
+        assert (logp_BR[b, length_B[b] :] == 0).all()
+
+    monkeypatch.setattr(base, "DROP", 0.3)
+    examples = [tasks.Example("abcdefgh" * 50, "xyz"), tasks.Example("abcdefgh" * 40, "xyz")]
+    found, _ = base.answer_logp(model, encoding, examples, generator, None)
+    record = records[-1]
+    assert record.shape == (2, 2, 2, 400 + 4 - 1)
+    assert (record[:, 0, :, 400:] == NEVER).all() and (record[:, 1, :, :80] == 0).all(), "answers and padding"
+    prompt = torch.cat((record[:, 0, :, :400].flatten(), record[:, 1, :, 80:400].flatten()))
+    assert set(prompt.unique().tolist()) == {400, NEVER}, "what is dropped is dropped at the prompt's end"
+    assert abs((prompt == 400).double().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / len(prompt))
+    assert len(record[:, 0].flatten(0, 1).unique(dim=0)) == 4, "all heads lose the same keys"
+    again, _ = base.answer_logp(model, encoding, examples, torch.Generator().manual_seed(1), None)
+    assert not torch.equal(found, again)
+
+
+def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
+    """Each until a right answer has probability LEARNED, by a running mean; then the task, while the rate falls."""
+    task, encoding, seen, rates = chain(hops=2), text.load_encoding("bytes"), [], []
+    model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
+
+    def loss(self, lesson, step):
+        seen.append((lesson, step))
+        return model.norm.weight.sum(), 1.0 if lesson == 6 else 0.4
+
+    def step(self, loss, down):
+        rates.append(down)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.WarmUp, "loss", loss)
+        patch.setattr(base.WarmUp, "learn", step)
+        warm_up = base.WarmUp(model, task, encoding, None)
+        for lesson in (*task.lessons, None):
+            warm_up.lesson(lesson, 20)
+    # of lesson 6, 1 - 0.9^7 is the first above one half
+    assert [lesson for lesson, _ in seen] == [4] * 20 + [6] * 7 + [8] * 20 + [None] * 20
+    assert [step for lesson, step in seen if lesson is None] == list(range(20))
+    assert rates == pytest.approx([1.0] * (20 + 6 + 20) + [2 - 0.1 * n for n in range(20)])
+
+    # the rate of both optimizers rises over 50 steps and follows `down`; matrices of the layers are Muon's
+    warm_up = base.WarmUp(model, task, encoding, None)
+    muon, adamw = ([p for p in o.param_groups[0]["params"]] for o in warm_up.optimizers)
+    in_layers = {id(p) for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2}
+    assert {id(p) for p in muon} == in_layers
+    assert len(muon) + len(adamw) == len(list(model.parameters()))
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(args[1]) or clip(*args))
+    for n, down in enumerate((1.0, 2.0, 0.01), start=1):
+        warm_up.learn((model.norm.weight * 100).sum(), down)
+        assert [o.param_groups[0]["lr"] for o in warm_up.optimizers] == pytest.approx([3e-3 * min(n / 50, down)] * 2)
+        assert model.norm.weight.grad.norm() < 1.001 and warm_up.taken == n
+    with pytest.raises(FloatingPointError, match="the warm-up's loss is nan, the norm of its gradient nan"):
+        warm_up.learn((model.norm.weight * math.nan).sum(), 1.0)
+    # lessons, steps and answers: all of them other examples, and of the loss the mean over tokens
+    found = [warm_up.loss(lesson, step) for lesson, step in ((4, 0), (6, 0), (None, 0), (None, 1), (None, 1))]
+    assert len({loss.item() for loss, _ in found}) == 4 and found[3][0] == found[4][0]
+    assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "not a mean over tokens"
+
+
+def test_9_the_base_policy_is_named_by_all_that_makes_it(tmp_path):
+    def path(steps=3, backend="torch", width=16, hops=2):
+        agent = smd.agent_for(smd.checked(tiny(tmp_path, width=width, hops=hops)))
+        return base.base_path(agent.model, agent.task, agent.encoding, steps, backend)
+
+    names = [path(), path(steps=4), path(backend="triton"), path(width=32), path(hops=3)]
+    assert len(set(names)) == 5 and path() == names[0] and names[0].parent == Path("out/cache")
+    texts = (
+        "x = 1  # one",
+        '"""A docstring."""\nx = 1',
+        "x  =  1",
+        "x = 2",
+        '"""A docstring."""\nx = 1\n"""No docstring."""',
+    )
+    meanings = [base.meaning(Path(write(tmp_path / "source.py", source))) for source in texts]
+    assert meanings[0] == meanings[1] == meanings[2] and len(set(meanings)) == 3
+    in_class = 'class A:\n    """Doc."""\n    def f(self):\n        """Doc."""\n        return 1'
+    bare = "class A:\n    def f(self):\n        return 1"
+    assert len({base.meaning(Path(write(tmp_path / "source.py", source))) for source in (in_class, bare)}) == 1
+
+
 def test_9_text_to_tokens_and_back():
     encoding = text.load_encoding("bytes")
     rows, pad = text.tokenize(encoding, ["abc", "é", "<|endoftext|>"], "cpu")
@@ -1758,6 +1878,18 @@ def test_10_a_key_that_nobody_sees_changes_nothing_and_two_runs_are_equal_to_the
     for key, same in ((7, True), (8, False)):
         other = [t.detach().index_fill(2, torch.tensor([key], device=GPU), 50.0).requires_grad_() for t in (k, v)]
         assert torch.equal(run(*other)[0], before[0]) == same
+
+
+def test_10_the_check_of_the_kernels_passes_and_can_fail(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.itertools, "product", lambda *_: [(torch.float32, 64, 0), (torch.float16, 64, 87)])
+        errors = kernel.check(GPU)
+        assert len(errors) == 2 and all(error < kernel.LIMIT for error in errors.values())
+        assert capsys.readouterr().out.count("ok") == 2
+        real = kernel.attention_torch
+        patch.setitem(kernel.BACKENDS, "torch", lambda *args: 1.1 * real(*args))
+        assert all(error > kernel.LIMIT for error in kernel.check(GPU).values())
+        assert capsys.readouterr().out.count("WRONG") == 2
 
 
 def test_10_strided_and_empty_inputs():
