@@ -406,6 +406,8 @@ def test_1_the_random_policy_keeps_every_key_alike_and_each_head_its_own():
     eviction = Eviction("random", 6, interval=1, window=2, sinks=1)
     # the second response token is what the first one is a query for
     rollout = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction, torch.Generator().manual_seed(0))
+    again = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction, torch.Generator().manual_seed(0))
+    assert torch.equal(again.evicted_at_LBGT, rollout.evicted_at_LBGT), "something but the generator decides"
     kept_LBGT = rollout.evicted_at_LBGT[..., :12] > 12
     assert kept_LBGT[..., [0, 10, 11]].all() and (kept_LBGT.sum(dim=-1) == 6).all()
     share = kept_LBGT[..., 1:10].double().mean(dim=1)  # of each layer, head and key
@@ -1163,6 +1165,28 @@ def test_8_what_is_not_finite_is_never_written(tmp_path, capsys, monkeypatch):
             assert [t.tolist() for t in state["weights"].values()] == before
 
 
+def test_8_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):
+    for bad in (math.nan, math.inf):
+        state = dict(weights=dict(a=torch.ones(3), b=torch.tensor([1.0, bad])), step=1)
+        with pytest.raises(FloatingPointError, match="the weights, or the optimizer's moments, are not finite"):
+            runs.save(tmp_path / "checkpoint.pt", state)
+        assert not list(tmp_path.iterdir())
+    agent = smd.agent_for(smd.checked(tiny(tmp_path)))
+    agent.check_finite()
+    for p in (agent.model.norm.weight, agent.model.layers[0].mlp.up_proj.weight):
+        before = p.detach().clone()
+        with torch.no_grad():
+            p.view(-1)[-1] = math.inf
+        with pytest.raises(FloatingPointError, match="the updated policy is not finite"):
+            agent.check_finite()
+        p.data.copy_(before)
+    with torch.no_grad():
+        agent.model.embed_tokens.weight.mul_(1e12)
+        agent.model.norm.weight.mul_(1e30)  # finite weights of which nothing finite comes
+    with pytest.raises(FloatingPointError, match="the updated policy is not finite"):
+        agent.check_finite()
+
+
 def test_8_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
     settings = smd.checked(tiny(tmp_path))
     with runs.Run(settings) as first, pytest.raises(cli.UsageError, match="in use by another run"):
@@ -1383,7 +1407,9 @@ def test_9_prompts_depend_on_seed_and_step_alone():
         return examples, torch.rand(3, generator=generator).tolist()
 
     assert prompts(1) == prompts(1, method="naive", eviction="random", lr=0.1, samples=2)
-    assert len(prompts(1)[0]) == 4
+    generator = torch_stream("cpu", 3, 2, 7)
+    drawn = chain(hops=2).draw(4, numpy_stream(3, 1, 7))
+    assert prompts(7, seed=3) == (drawn, torch.rand(3, generator=generator).tolist())
     for other in (prompts(2), prompts(1, seed=1)):
         assert other[0] != prompts(1)[0] and other[1] != prompts(1)[1]
 
@@ -2332,6 +2358,7 @@ def test_22_group_advantage_by_hand():
 
 def test_22_the_diagnostics_by_hand(world):
     assert math.isclose(smd.effective_share(torch.tensor([1.0, 3.0]).log()), 16 / 10 / 2, rel_tol=1e-6)
+    assert smd.effective_share(torch.tensor([1000.0, -1000.0, 1000.0, 0.0])) == 0.5
     found = smd.diagnose(world.model, world.rollout, None)
     with torch.no_grad():
         shadow, dense = (
