@@ -870,6 +870,27 @@ def argv(settings: Settings) -> list[str]:
     return [word for pair in pairs for word in pair]
 
 
+def test_8_a_run_says_what_it_does(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    for changes in (dict(steps=4), dict(steps=6, resume=True)):
+        smd.train(tiny(tmp_path, **changes))
+    said = capsys.readouterr().out
+    for part in (
+        f"run {out} | device cpu | attention backend torch",
+        "base policy: supervised steps first",
+        "base policy: 12 steps in",
+        "base policy: 0.0% right with the sparse cache, 0.0% right with the dense cache",
+        "step 4: 0.0% right with the sparse cache",
+        "resumed at step 4 of 6",
+        "held-out accuracy     before    after",
+        f"the run is in {out}, its picture is {out}/curves.png",
+        f"try: python smd.py --resume --out {out} --prompt '",
+    ):
+        assert part in said, part
+    smd.train(tiny(tmp_path, "other", steps=0))
+    assert "base policy: read from out/cache/base-" in capsys.readouterr().out
+
+
 def test_8_a_run_leaves_its_files(tmp_path):
     summary, keys = smd.train(tiny(tmp_path)), {"kl_sparse_dense"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == set(runs.FILES)
@@ -958,12 +979,17 @@ def test_8_a_killed_process_leaves_a_run_that_resumes(tmp_path, capsys):
     assert "held-out accuracy" in capsys.readouterr().out
 
 
-def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys):
+def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys, monkeypatch):
     smd.train(tiny(tmp_path))
     command = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu", "--prompt", "abbccddeefghijklmnop?b"]
     assert smd.main(command) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0].startswith("sparse cache: ") and lines[1].startswith("full cache:   ")
+    # and not the weights of a fresh start
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
+    monkeypatch.setattr(Agent, "answer", lambda agent, _: str(agent.model.norm.weight.tolist()))
+    assert smd.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(state["model.norm.weight"].tolist())
 
 
 def test_8_overwrite_replaces_a_run_even_if_killed_while_it_does(tmp_path, monkeypatch):
@@ -1380,7 +1406,7 @@ def test_9_the_rewards_of_the_tasks_by_hand(tmp_path):
     assert seen == [("p", "w", "a"), ("p", "x", "a"), ("q", "y", "b"), ("q", "z", "b")]
     assert tasks.accuracy(["a", "b", "b", "a"], examples) == 0.5
     with pytest.raises(FloatingPointError, match="a reward is inf"):
-        tasks.score(lambda *_: math.inf, examples, ["w"] * 2)
+        tasks.score(lambda prompt, *_: math.inf if prompt == "q" else 0.0, examples, ["w"] * 2)
 
 
 def test_9_what_is_held_out_is_never_trained_on(tmp_path):
