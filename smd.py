@@ -59,8 +59,8 @@ VALUE_COEF = 0.5  # of the critic's loss, likewise
 DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
 SCRATCH = {"cpu": 2**20, "cuda": 2**28}  # keys, and values, that decoding converts to float64 at a time
-LOGITS = 2**24  # logits that the learner holds at a time: those of a whole batch may be larger than all else together
-ROWS = 16  # of a square of queries, or keys, by keys: so many of them at once need less memory than the keys
+LOGITS = 2**22  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
+ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
 GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
@@ -231,7 +231,7 @@ def tova(e: Entries) -> Tensor:
 def knorm(e: Entries) -> Tensor:
     """Keys of small norm are the ones that receive much attention (2406.11430)."""
     # in steps of 0.1 %: in the first layer the norms of equal tokens differ by rounding alone, and of those the earlier
-    # key is to stay, whatever the precision
+    # key is to stay, in float32 as in float64
     norm_BGK = e.k_BGKD.to(wide(e.k_BGKD.dtype)).norm(dim=-1)
     return -(1000 * norm_BGK.log()).round()
 
@@ -347,7 +347,7 @@ class Cache:
         self.pad_N, self.pad_B = pad_N, pad_N.repeat_interleave(S)
         self.keep_N = self.eviction.keep(P - pad_N)
         self.keep_B = self.keep_N.repeat_interleave(S)
-        self.least, self.most = self.keep_N.min().item(), self.keep_N.max().item()
+        self.most = self.keep_N.max().item()
         self.P = P
         self.length = P  # columns so far, which is also the column of the next query
         self.used = min(P, self.most)
@@ -376,9 +376,11 @@ class Cache:
             e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, now=P)
             if self.rule.accumulates:
                 # some queries at a time: P × P weights would be the memory that the cache is there to save
-                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, c], now=c[-1] + 1) for c in column_P.split(ROWS))
+                rows = max(1, ROWS * G // q.shape[1])
+                spans = ((first, min(first + rows, P)) for first in range(0, P, rows))
+                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, first:end], now=end) for first, end in spans)
                 e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
-            slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.least < P else e.column_BGK
+            slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.keep_N.min() < P else e.column_BGK
             self.store(l, slot_NGn, e)
         self.evicted_at[l][..., :P] = evicted_at_NGP.repeat_interleave(self.S, dim=0)
         self.q[l][:, :, self.q.shape[3] - W :] = e.q_BHWD.repeat_interleave(self.S, dim=0)
@@ -413,13 +415,12 @@ class Cache:
         """Every layer has the token: count it, and at the end of an interval return to the budget, in place."""
         self.used += 1
         self.length += 1
-        if (self.length - self.P) % self.eviction.interval == 0 and self.used > self.least:
-            keep = min(self.used, self.most)
+        if (self.length - self.P) % self.eviction.interval == 0 and self.used > self.most:
             for l in range(len(self.k)):
                 with self.memory:
                     e = self.entries(l, self.used, now=self.length)
-                    self.store(l, select_and_record(e, keep, self.evicted_at[l]), e)
-            self.used = keep
+                    self.store(l, select_and_record(e, self.most, self.evicted_at[l]), e)
+            self.used = self.most
 
     def store(self, l: int, slot_XGn: Tensor, e: Entries) -> None:
         """Move the chosen entries to the front of layer l: key, value, column and attention received, by one index.
@@ -618,10 +619,7 @@ def policy_loss(
     logp_BR: Tensor, old_logp_BR: Tensor, advantage_BR: Tensor, weight_BR: Tensor, mask_BR: Tensor,
     clip: float, longest: int,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped.
-
-    ValueError where the tensors are not of one shape.
-    """
+    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped."""
     same_shape(logp=logp_BR, old_logp=old_logp_BR, advantage=advantage_BR, weight=weight_BR, mask=mask_BR)
     ratio_BR = (logp_BR - old_logp_BR).exp()
     free_BR = ratio_BR * advantage_BR
@@ -654,7 +652,7 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
     found |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
     for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
         found[f"ess_{name}"] = effective_share(log_weight_n)
-        found[f"max_weight_{name}"] = log_weight_n.max().clamp(max=700).exp().item()  # e^709 is beyond float64
+        found[f"max_weight_{name}"] = log_weight_n.max().clamp(max=700).exp().item()  # e^710 is beyond float64
     return found
 
 
@@ -772,6 +770,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
             if not (loss.isfinite() and norm.isfinite()):
                 raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
             optimizer.step()
+            torch.clear_autocast_cache()  # it would go on with the old weights
             rows.append(row | {"grad_norm": norm.item()})
     # loss, entropy and replay error are those before the first update, of its part; the other two are means
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
@@ -805,8 +804,8 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
 def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None) -> dict:
     """Warm up, evaluate, train, evaluate. Leaves its files in settings.out; returns what summary.json holds.
 
-    reward(prompt, response, answer) -> float may be anything: a verifier, a reward model, an AI judge; None takes the
-    task's own. Raises UsageError for what cannot be used, FloatingPointError where anything stops being finite.
+    reward(prompt, response, answer) -> float may be a verifier, a reward model, an AI judge; None: the task's own. It
+    is tried once first. UsageError for what cannot be used, FloatingPointError where something is not finite.
     """
     s = checked(settings)
     run = runs.Run(s)

@@ -55,7 +55,7 @@ def answer_logp(
     prompt_LBGP.copy_(torch.where(dropped_LBGP, prompt_LBGP.clamp(max=P), prompt_LBGP))  # padding stays hidden
 
     hidden_BTC = model(torch.cat((prompt_BP, answer_BR[:, :-1]), dim=1), pad_B, evicted_at_LBGT, backend)
-    logp_BRV = model.logits(hidden_BTC[:, P - 1 :]).log_softmax(dim=-1)
+    logp_BRV = model.log_probs(hidden_BTC[:, P - 1 :])
     logp_BR = logp_BRV.gather(-1, answer_BR[..., None])[..., 0]
     past_end_BR = torch.arange(R, device=device) >= length_B[:, None]
     return logp_BR.masked_fill(past_end_BR, 0.0), length_B
@@ -96,6 +96,7 @@ class WarmUp:
             # the rate rises over the first 50 steps, counted over all lessons
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, self.taken / 50, down)
             optimizer.step()
+        torch.clear_autocast_cache()  # it would go on with the old weights
 
     def lesson(self, lesson: int | None, steps: int) -> None:
         """Take so many steps on a lesson, or fewer if it is learned before; all of them on the task itself (None)."""
@@ -142,7 +143,7 @@ def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: 
     """Give the model the weights that RL starts from: kept from an earlier run, or made here and kept."""
     path = base_path(model, task, encoding, steps, backend)
     if path.exists():
-        runs.restore(path, model, "delete it, and it is made anew")
+        runs.restore(path, model, advice="delete it, and it is made anew")
         print(f"base policy: read from {path}", flush=True)
         return
     print(

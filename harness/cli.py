@@ -55,11 +55,13 @@ def check_values(settings, choices: dict[str, Collection[str]]) -> None:
     """Raise UsageError where a value is of another type, not finite, too small, or not among the setting's choices."""
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
-        if value is None:
+        if value is None and f.default is None:
             continue
         low = f.metadata["low"]
         among = choices.get(f.name)
-        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+        # an int does for a float; and True, which Python takes for an int, for neither
+        types_of_value = (*kinds(f), int) if float in kinds(f) else tuple(kinds(f))
+        fits = isinstance(value, types_of_value) and (f.type is bool or not isinstance(value, bool))
         require(fits, f"{flag(f.name)} must be {' or '.join(kind.__name__ for kind in kinds(f))}, got {value!r}")
         if isinstance(value, float):
             require(math.isfinite(value), f"{flag(f.name)} must be a finite number, got {value}")

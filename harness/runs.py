@@ -62,15 +62,26 @@ def save(path: Path, state: dict) -> None:
     write(path, buffer.getvalue())
 
 
-def restore(path: Path, module: nn.Module, advice: str = "delete it or use --overwrite") -> dict:
-    """Load a checkpoint's weights into a module, and return it whole; UsageError, with advice, where it is damaged."""
+def restore(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    advice: str = "delete it or use --overwrite",
+) -> dict:
+    """Load a checkpoint into a module and, of a run, into its optimizer: then its step, `before` and seconds.
+
+    UsageError, with advice, where it is damaged.
+    """
     try:
         state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
         module.load_state_dict(state["weights"])
+        if optimizer is None:
+            return {}
+        optimizer.load_state_dict(state["optimizer"])
+        return {name: state[name] for name in ("step", "before", "seconds")}
     except Exception as e:  # there are many ways to be damaged
         what = f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}"
         raise UsageError(f"checkpoint {path} is missing or damaged ({what}); {advice}") from e
-    return state
 
 
 def read_config(out: Path, settings: type) -> dict:
@@ -127,28 +138,34 @@ class Run:
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
-        if settings.out is not None:
+        if settings.out:
             self.check_same(Path(settings.out))
 
     def __enter__(self) -> "Run":
         """Claim the folder; UsageError where another process has it."""
         try:
-            self.out = self.new_folder() if self.settings.out is None else Path(self.settings.out)
+            self.out = Path(self.settings.out) if self.settings.out else self.new_folder()
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = self.claim()
+        except BlockingIOError as e:
+            raise UsageError(f"--out {self.out} is in use by another run; wait for it or take another --out") from e
         except OSError as e:
-            raise UsageError(f"{e.filename} cannot be written: {e.strerror}; choose another --out") from e
+            raise UsageError(f"{e.filename or self.out} cannot be written: {e.strerror}; choose another --out") from e
         self.checkpoint_path = self.out / "checkpoint.pt"
         self.metrics_path = self.out / "metrics.jsonl"
-        self.lock = None
-        if fcntl is not None:
-            self.lock = os.open(self.out, os.O_RDONLY)
-            try:
-                # ends with the process, however it ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                os.close(self.lock)
-                raise UsageError(f"--out {self.out} is in use by another run; wait for it or take another --out") from e
         return self
+
+    def claim(self) -> int | None:
+        """Lock the folder until `__exit__`, or until the process ends, however it ends."""
+        if fcntl is None:
+            return None
+        lock = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise
+        return lock
 
     def __exit__(self, *_) -> None:
         if self.lock is not None:
@@ -156,10 +173,11 @@ class Run:
 
     def new_folder(self) -> Path:
         """The first out/METHOD-NUMBER that is free: of two processes that make a folder, one succeeds."""
+        Path("out").mkdir(exist_ok=True)
         for number in itertools.count(1):
             folder = Path("out") / f"{self.settings.method}-{number:03d}"
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
+                folder.mkdir()
                 return folder
 
     def check_same(self, out: Path) -> None:
@@ -177,8 +195,7 @@ class Run:
         self.check_same(self.out)  # once more: another process may have had the folder until now
         known = self.settings.resume and self.checkpoint_path.exists()
         if known:
-            state = restore(self.checkpoint_path, policy)
-            optimizer.load_state_dict(state["optimizer"])
+            state = restore(self.checkpoint_path, policy, optimizer)
             self.rows = read_metrics(self.metrics_path, state["step"])
             self.before = state["before"]
             self.seconds_before = state["seconds"]
@@ -221,7 +238,7 @@ class Run:
 
     @contextlib.contextmanager
     def naming(self, step: int) -> Iterator[None]:
-        """A FloatingPointError in here says in which step it was, and what is left: nothing of this step."""
+        """A FloatingPointError in here says in which step it was, and that the checkpoint is of an earlier one."""
         try:
             yield
         except FloatingPointError as e:
