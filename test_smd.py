@@ -906,6 +906,30 @@ def test_8_a_run_leaves_its_files(tmp_path):
     assert all(row["kv_bytes"] > 0 and 0 < row["visible_share"] < 1 and row["entropy"] > 0 for row in rows)
 
 
+def test_8_evaluations_stand_where_they_were_made(tmp_path, monkeypatch):
+    """Before, every `--eval-every` steps, and after; the last one is not made twice."""
+    for steps, every, in_rows, after in ((6, 4, {4: 0.02}, 0.03), (6, 3, {3: 0.02, 6: 0.03}, 0.03), (2, 0, {}, 0.02)):
+        made = []
+
+        def evaluate(agent, made=made):
+            made.append(len(made) + 1)
+            return dict(sparse=made[-1] / 100, dense=made[-1] / 10)
+
+        monkeypatch.setattr(Agent, "evaluate", evaluate)
+        out = tmp_path / f"every-{every}"
+        summary = smd.train(tiny(tmp_path, out.name, steps=steps, eval_every=every))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert {row["step"]: row["held_out_sparse"] for row in rows if "held_out_sparse" in row} == in_rows
+        assert all(
+            row["held_out_dense"] == pytest.approx(10 * row["held_out_sparse"]) for row in rows[3:4] if every == 4
+        )
+        assert summary["before"] == dict(sparse=0.01, dense=0.1) and summary["after"]["sparse"] == after
+        assert summary["steps"] == steps and summary["out"] == str(out)
+        assert summary["visible_share"] == rows[-1]["visible_share"]
+        assert summary["replay_error"] == max(row["replay_error"] for row in rows)
+        assert json.loads((out / "summary.json").read_text()) == summary
+
+
 def test_8_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         smd.train(tiny(tmp_path, name, seed=seed))
