@@ -347,7 +347,7 @@ class Cache:
         self.pad_N, self.pad_B = pad_N, pad_N.repeat_interleave(S)
         self.keep_N = self.eviction.keep(P - pad_N)
         self.keep_B = self.keep_N.repeat_interleave(S)
-        self.most = self.keep_N.max().item()
+        self.least, self.most = self.keep_N.min().item(), self.keep_N.max().item()
         self.P = P
         self.length = P  # columns so far, which is also the column of the next query
         self.used = min(P, self.most)
@@ -380,7 +380,7 @@ class Cache:
                 spans = ((first, min(first + rows, P)) for first in range(0, P, rows))
                 blocks = (dataclasses.replace(e, q_BHWD=q[:, :, first:end], now=end) for first, end in spans)
                 e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
-            slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.keep_N.min() < P else e.column_BGK
+            slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.least < P else e.column_BGK
             self.store(l, slot_NGn, e)
         self.evicted_at[l][..., :P] = evicted_at_NGP.repeat_interleave(self.S, dim=0)
         self.q[l][:, :, self.q.shape[3] - W :] = e.q_BHWD.repeat_interleave(self.S, dim=0)
