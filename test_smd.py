@@ -642,7 +642,9 @@ def test_4_the_bytes_are_those_of_the_allocator_and_few(policy, heads):
         cache.prefill(0, q, k, v)
         return cache
 
-    chosen()
+    cache = chosen()
+    assert (cache.received is not None) == (policy == "h2o"), "it holds sums that nobody reads, or none that are read"
+    assert cache.q.shape[3] == dict(snapkv=4, rkv=4, tova=1).get(policy, 0), "it holds other queries than are read"
     attention = peak_of_trace(lambda: shadow_attention(q, k, v, never_evicted(pad, P).expand(-1, 4, -1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smd, "shadow_attention", lambda *args, **_: None)
@@ -1848,7 +1850,7 @@ def test_9_the_help_lists_every_setting_with_its_default(capsys):
         assert cli.flag(f.name) in said and f.metadata["group"] in said
         if f.default is not None and f.default is not False:
             assert f"(default: {f.default})" in said
-    assert "{streaming, snapkv, h2o, tova, knorm, rkv, random}" in said
+    assert "{streaming, snapkv, h2o, tova, knorm, rkv, random}" in said and smd.__doc__.splitlines()[0] in said
 
 
 def test_9_a_command_ends_as_its_error_says(capsys):
@@ -2660,6 +2662,13 @@ def test_22_shapes_that_would_be_broadcast_are_named():
         (smd.value_loss, (matrix, row, matrix, mask, 0.2)),
         (smd.kl_divergence, (matrix, row)),
         (smd.k3, (matrix, row, mask)),
+        (smd.k3, (row, matrix, mask)),
+        (smd.k3, (matrix, matrix, mask[0])),
+        (smd.value_loss, (row, matrix, matrix, mask, 0.2)),
+        (smd.value_loss, (matrix, matrix, matrix, mask[0], 0.2)),
+        (smd.kl_divergence, (row, matrix)),
+        (smd.dpo_loss, (torch.zeros(1), row, torch.zeros(1, 3), 0.1)),
+        (smd.dpo_loss, (row, row, torch.zeros(1, 1), 0.1)),
         (smd.token_is, (matrix, mask[0], 2.0)),
         (smd.sequence_is, (matrix, mask[0], 2.0)),
         (smd.sparse_rl, (matrix, mask[0], 2.0)),
