@@ -1756,6 +1756,26 @@ def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
         "x: 8 of 10 reward 0.62",
         "x: 10 of 10 reward 0.88",
     ]
+    calls = []
+
+    class Bar:
+        def __init__(self, **options):
+            calls.append(options)
+
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, *args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "tqdm", Bar)
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        with report.Progress("x", 10, done=2) as progress:
+            progress.step(reward=0.251)
+    assert calls == [
+        dict(desc="x", total=10, initial=2, leave=False),
+        ("set_postfix", dict(reward="0.25")),
+        ("update",),
+        ("close",),
+    ]
     with report.Progress("quiet", 3, lines=0) as progress:
         for _ in range(3):
             progress.step()
@@ -2057,6 +2077,10 @@ def test_10_bad_input_is_named():
         args = (*args[0], *args[1:]) if isinstance(args[0], list) else args
         with pytest.raises(ValueError, match=message):
             shadow_attention(*args, backend="triton")
+    assert [kernel.backend_for(device, None) for device in ("cpu", "cuda")] == ["torch", "triton"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "triton", None)
+        assert kernel.backend_for("cuda", None) == "torch"
     # without the interpreter, and without triton, the reason is said; nothing falls back
     for code, message in (
         ("", "needs CUDA tensors, got cpu; for the interpreter set TRITON_INTERPRET=1"),
@@ -2202,7 +2226,9 @@ def test_13_the_learner_through_the_kernels_is_the_learner(method):
     tensors = {name: x.to(GPU) for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
     model, rollout = model.to(GPU), dataclasses.replace(rollout, **tensors)
     loss, want, _ = learner(model, rollout, method, backend="torch")
-    through, got, figures = learner(model, rollout, method, backend="triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernel.BACKENDS, "torch", lambda *_: pytest.fail("a part of the learner took another backend"))
+        through, got, figures = learner(model, rollout, method, backend="triton")
     assert math.isclose(loss.item(), through.item(), rel_tol=1e-4)
     assert (got - want).norm() <= 1e-4 * want.norm()
     assert figures.get("replay_error", 0.0) < 1e-5
