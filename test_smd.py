@@ -2779,7 +2779,7 @@ def test_22_every_update_of_a_bfloat16_model_goes_by_the_weights_of_the_last(aut
     """Would catch what autocast remembers of them: with that memory turned off, the same comes out."""
     rollout, reward_B = reward_of_12()
     rollout = dataclasses.replace(rollout, logp_BR=rollout.logp_BR.float())
-    s, loss_of = loss_settings(objective="ppo", epochs=3), smd.learner_loss
+    s, loss_of = loss_settings(objective="ppo", epochs=2), smd.learner_loss
     entropies = []
     for remembers in (True, False):
         model = small_model(torch.float32 if automatic else torch.bfloat16)
@@ -2791,7 +2791,7 @@ def test_22_every_update_of_a_bfloat16_model_goes_by_the_weights_of_the_last(aut
             patch.setattr(smd, "learner_loss", lambda *args, losses=losses: losses.append(loss_of(*args)) or losses[-1])
             smd.update(policy, optimizer, smd.prepare(policy, rollout, reward_B.float(), s), s, step=1)
         entropies.append([row["entropy"] for _, row in losses])
-    assert len(set(entropies[0])) == 3, "the updates change nothing"
+    assert len(set(entropies[0])) == 2, "the updates change nothing"
     # gradients of a weight add up in bfloat16 or, where each use of it is cast anew, in float32
     assert entropies[0] == pytest.approx(entropies[1], abs=1e-4)
 
