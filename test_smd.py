@@ -2654,6 +2654,14 @@ def test_22_the_weights_of_track_2_and_of_the_reference(monkeypatch):
     assert math.isclose(losses[0.5, 0.0] - losses[0.0, 0.0], 0.5 * penalty, rel_tol=1e-6)
     track_2 = losses[0.0, 0.2] - losses[0.0, 0.0]
     assert track_2 > 1e-3 and math.isclose(losses[0.0, 0.6] - losses[0.0, 0.0], 3 * track_2, rel_tol=1e-6)
+    # without it, no second pass is paid for
+    records, replay = [], smd.replay
+    monkeypatch.setattr(
+        smd, "replay", lambda *args, **options: records.append(len(args) - 2) or replay(*args, **options)
+    )
+    for lam in (0.0, 0.2):
+        smd.learner_loss(policy, batch, dataclasses.replace(s, lam=lam))
+    assert records == [1, 2]
 
 
 def test_22_the_replay_error_is_the_largest_difference():
