@@ -39,6 +39,7 @@ if not torch.cuda.is_available():
 
 import kernel
 import smd
+import tiny_model
 from experiments import kernels
 from experiments.enumerated import World, distance, gradient
 from harness import base, cli, device, report, runs, tasks, text
@@ -446,6 +447,15 @@ def test_1_a_share_of_the_prompt_is_taken_as_it_is_written(share, length, kept):
         math.ceil(round(200 * share, 9)),
     ]
     assert Eviction("knorm", 5).keep(torch.tensor([length, 200])).tolist() == [5, 5]
+
+
+@torch.no_grad()
+def test_1_the_full_pass_takes_the_backend_that_it_is_given(monkeypatch):
+    taken, model, pad = [], small_model(), torch.zeros(1).long()
+    monkeypatch.setattr(tiny_model, "shadow_attention", lambda q, *_, backend: taken.append(backend) or q)
+    for backend in (None, "torch", "triton"):
+        model(torch.zeros(1, 3).long(), pad, never_evicted(pad, 3).expand(2, -1, 2, -1), backend)
+    assert taken == [None] * 2 + ["torch"] * 2 + ["triton"] * 2
 
 
 def test_1_the_rollout_is_immutable():
@@ -1122,6 +1132,7 @@ def bad_inputs(tmp: Path) -> list:
         (["--lr", "nan"], "--lr must be a finite number, got nan"),
         (["--lr", "-0.001"], "--lr must be at least 0, got -0.001"),
         (["--lam", "inf"], "--lam must be a finite number, got inf"),
+        *[([flag, "-1"], f"{flag} must be at least 0, got -1") for flag in ("--kl-ref", "--lam", "--sinks")],
         (["--eviction", "lru"], "--eviction must be one of streaming, snapkv"),
         (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
         (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
@@ -1439,6 +1450,7 @@ def test_9_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
     s = smd.checked(Settings(device="cpu"))
     filled = dict(task="chain", budget=22, pool=1, prompts=32, max_new=7, warmup_steps=400, backend=None)
     assert {name: getattr(s, name) for name in filled} == filled
+    assert Eviction("snapkv", 22) == Eviction("snapkv", 22, interval=4, window=4, sinks=1, pool=5)
     s = smd.checked(Settings(data="file", pool=3))
     filled = dict(task="text", budget=0.5, pool=3, prompts=8, max_new=128, warmup_steps=100)
     assert {name: getattr(s, name) for name in filled} == filled
