@@ -1,16 +1,9 @@
 """How many bytes are alive at once, counted where tensors are made, on any device."""
 
-import torch
+import weakref
+
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-
-def storages(values) -> dict[int, torch.UntypedStorage]:
-    """The distinct storages behind the tensors in a nest of values, by their addresses."""
-    found = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
-    return {storage._cdata: storage for storage in found}
 
 
 class PeakBytes(TorchDispatchMode):
@@ -22,22 +15,29 @@ class PeakBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}  # address -> the storage, its bytes
+        self.alive: dict[int, tuple[weakref.ref, int]] = {}  # id of a storage -> the storage, its bytes
+        self.count = 0  # bytes of `alive`, some of them freed since
         self.peak = 0
 
     def hold(self, *tensors: Tensor | None) -> None:
         """Count these from here on, until they are freed."""
-        # who was freed is looked up, not told by a callback: Ctrl-C in a callback would be lost
-        self.alive = {address: held for address, held in self.alive.items() if not held[0].expired()}
-        for address, storage in storages(tensors).items():
-            if address not in self.alive:
-                self.alive[address] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(count for _, count in self.alive.values()))
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            known, _ = self.alive.get(id(storage), (lambda: None, 0))
+            if known() is not storage:  # or the id is that of one that was freed
+                self.alive[id(storage)] = weakref.ref(storage), storage.nbytes()
+                self.count += storage.nbytes()
+        if self.count > self.peak:
+            # who was freed is looked up, not told by a callback: Ctrl-C in a callback would be lost
+            self.alive = {key: held for key, held in self.alive.items() if held[0]() is not None}
+            self.count = sum(count for _, count in self.alive.values())
+            self.peak = max(self.peak, self.count)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
-        # a view of what was there before allocates nothing
-        new = [t for t in tree_leaves(made) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given]
-        self.hold(*new)
+        # a view allocates nothing, nor does what writes into its arguments
+        if not (func.is_view or func._schema.is_mutable):
+            self.hold(*(made if isinstance(made, tuple | list) else (made,)))
         return made
