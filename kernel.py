@@ -54,22 +54,50 @@ EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STAGES = 2  # tiles in flight at once
 LIMIT = 16  # units of rounding by which the kernels may differ from the definition
+Shared = tuple[Tensor, Tensor] | None  # keys and values (N, G, P, D) of prompts, each read by all samples of its prompt
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> Tensor:
-    """The definition, in plain PyTorch: `shadow_attention` without its checks."""
-    B, H, Tq, D = q.shape
-    G, Tk = k.shape[1:3]
-    i = q_start + torch.arange(Tq, device=q.device)[:, None]
-    j = torch.arange(Tk, device=q.device)
-    hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
-    hidden = hidden.repeat(1, 1, H // G, 1)  # [B, G, H/G * Tq, Tk]: the rows of the query heads that share a kv head
+def products(q: Tensor, k: Tensor, shared_k: Tensor) -> Tensor:
+    """Of queries (B, H, Tq, D) with their prompts' P keys, then their own Tk: (N, G, S, H/G, Tq, P + Tk), S = B/N."""
+    (B, H, Tq, D), (N, G, P, _) = q.shape, shared_k.shape
+    S, M = B // max(N, 1), H // G
+    rows = q.reshape(B, G, M * Tq, D)
+    own = (rows @ k.transpose(-1, -2)).reshape(N, S, G, M, Tq, k.shape[2]).transpose(1, 2)
+    # the rows of a prompt's samples in one product, which reads its keys once
+    rows = rows.unflatten(0, (N, S)).transpose(1, 2).reshape(N, G, S * M * Tq, D)
+    return torch.cat(((rows @ shared_k.transpose(-1, -2)).reshape(N, G, S, M, Tq, P), own), dim=-1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, shared: Shared = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention without the hidden pairs (B, G, Tq, P + Tk), in float64; a row needs a pair that is not hidden.
+
+    Returns the output (B, H, Tq, D), and the weights in the shape of `products`.
+    """
     # accumulated in float64: then float32 results do not depend on the order or the number of the hidden keys, and a
     # learner with the whole sequence before it reproduces the sampler's small cache to the bit
-    score = q.double().reshape(B, G, H // G * Tq, D) @ k.double().transpose(-1, -2) * D**-0.5
-    # a finite floor instead of -inf: a row that sees nothing must give zeros and zero gradients, not NaN
-    weight = score.masked_fill(hidden, torch.finfo(score.dtype).min).softmax(dim=-1).masked_fill(hidden, 0)
-    return (weight @ v.double()).view(B, H, Tq, D).to(q.dtype)
+    q, k, v, shared_k, shared_v = (x.double() for x in (q, k, v, *(shared or (k[:, :, :0], v[:, :, :0]))))
+    score = products(q, k, shared_k).mul_(q.shape[-1] ** -0.5)
+    N, G, S, M, Tq, _ = score.shape
+    P, Tk = shared_k.shape[2], k.shape[2]
+    hidden = hidden.unflatten(0, (N, S)).transpose(1, 2)[:, :, :, None]
+    # a finite floor instead of -inf, which gives NaN where a row sees nothing
+    weight = score.masked_fill_(hidden, torch.finfo(score.dtype).min).softmax(dim=-1)
+    on_shared, on_own = weight.split((P, Tk), dim=-1)
+    of_shared = on_shared.reshape(N, G, S * M * Tq, P) @ shared_v
+    of_own = on_own.transpose(1, 2).reshape(N * S, G, M * Tq, Tk) @ v
+    out = of_shared.unflatten(2, (S, M * Tq)).transpose(1, 2) + of_own.unflatten(0, (N, S))
+    return out.reshape(q.shape), weight
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int, shared: Shared = None) -> Tensor:
+    """The definition, in plain PyTorch: `shadow_attention` without its checks."""
+    i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(evicted_at.shape[2], device=q.device)
+    hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
+    out = masked_attention(q, k, v, hidden, shared)[0]
+    # a row that sees nothing gives zeros and zero gradients
+    blind = hidden.all(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return out.masked_fill(blind[..., None], 0).to(q.dtype)
 
 
 class Blocks(NamedTuple):
@@ -313,14 +341,15 @@ def tiles_for(q: Tensor, evicted_at: Tensor, q_start: int) -> Tiles:
 
 
 def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int, tiles: Tiles | None = None
+    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int, shared: Shared = None, tiles: Tiles | None = None
 ) -> Tensor:
     """`attention_torch` at a cost that follows the visible pairs; accumulates in float32. `tiles`: listed before."""
     D = q.shape[-1]
-    if q.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton' takes float32, bfloat16, float16, got {q.dtype}; take 'torch'")
-    if D > 128:
-        raise ValueError(f"backend 'triton' takes head dims up to 128, got {D}; take 'torch'")
+    demand(q.dtype in DTYPES, f"backend 'triton' takes float32, bfloat16, float16, got {q.dtype}; take 'torch'")
+    demand(D <= 128, f"backend 'triton' takes head dims up to 128, got {D}; take 'torch'")
+    if shared:  # for now the kernels know keys of single sequences only
+        repeated = (x.repeat_interleave(len(q) // len(x), dim=0) for x in shared)
+        k, v = (torch.cat(both, dim=2) for both in zip(repeated, (k, v), strict=True))
     tiles = tiles or tiles_for(q, evicted_at, q_start)
     k, v = (t.take_along_dim(tiles.order_BGK[..., None], dim=2) for t in (k, v))
     if pad := max(16, triton.next_power_of_2(D)) - D:
@@ -332,46 +361,53 @@ KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
 BACKENDS = {"torch": attention_torch, "triton": attention_triton}
 
 
+def demand(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 def backend_for(device: str, backend: str | None) -> str:
     """The backend asked for, ValueError if it cannot run on the device; by default Triton on CUDA, else PyTorch."""
     if backend is None:
         return "triton" if device == "cuda" and triton is not None else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton" and triton is None:
-        raise ValueError("backend 'triton' needs the package triton, which is there for Linux only; take 'torch'")
-    if backend == "triton" and device != "cuda" and not triton.knobs.runtime.interpret:
+    demand(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        demand(triton is not None, "backend 'triton' needs the package triton, which is for Linux only; take 'torch'")
         how = "for the interpreter set TRITON_INTERPRET=1 before Python starts, or take 'torch'"
-        raise ValueError(f"backend 'triton' needs CUDA tensors, got {device}; {how}")
+        runs = device == "cuda" or triton.knobs.runtime.interpret
+        demand(runs, f"backend 'triton' needs CUDA tensors, got {device}; {how}")
     return backend
 
 
 def shadow_attention(
-    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int = 0, backend: str | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int = 0, backend: str | None = None,
+    shared: Shared = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention in which query i sees key j if j <= i < evicted_at[j].
 
-    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, Tk) int32. Key j stands at position j, query i at position
-    q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq, D); a row that sees nothing returns zeros
-    and has zero gradients. backend: a name in BACKENDS, or None for the best one for q's device.
-    Raises ValueError where shapes, dtypes or devices do not fit together, or the backend cannot take them.
+    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, P + Tk) int32. shared: keys and values (N, G, P, D) of
+    prompts; sequence b reads those of prompt b // (B/N) before its own. Without it, P is 0. Key j stands at position j,
+    query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq, D); a row that sees
+    nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the best one for q's device.
+    Raises ValueError where shapes, types or devices do not fit together, or the backend cannot take them.
     """
-    tensors = dict(q=q, k=k, v=v, evicted_at=evicted_at)
-    same_keys = v.shape == k.shape and evicted_at.shape == k.shape[:3]
-    if not (q.ndim == k.ndim == 4 and q.shape[::3] == k.shape[::3] and same_keys):
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-        raise ValueError(f"shapes do not fit: {shapes}; want (B, H, Tq, D), twice (B, G, Tk, D), and (B, G, Tk)")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
-    if evicted_at.dtype != torch.int32:
-        raise ValueError(f"evicted_at must be int32, got {evicted_at.dtype}")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be of one floating type, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if len({t.device for t in tensors.values()}) > 1:
-        raise ValueError(f"tensors must be on one device, got {', '.join(str(t.device) for t in tensors.values())}")
-    if q_start < 0:
-        raise ValueError(f"q_start must be at least 0, got {q_start}")
-    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, evicted_at, q_start)
+    tensors = q, k, v, evicted_at, *(shared or ())
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+    fits = [t.ndim for t in tensors] == [4, 4, 4, 3, 4, 4][: len(tensors)]
+    if fits:
+        (B, H, Tq, D), (G, Tk), (N, P) = q.shape, k.shape[1:3], shared[0].shape[::2] if shared else (q.shape[0], 0)
+        want = (B, H, Tq, D), (B, G, Tk, D), (B, G, Tk, D), (B, G, P + Tk), (N, G, P, D), (N, G, P, D)
+        fits = tuple(tuple(t.shape) for t in tensors) == want[: len(tensors)] and N * (B // max(N, 1)) == B
+    letters = "(B, H, Tq, D), twice (B, G, Tk, D), (B, G, P + Tk), and of what is shared twice (N, G, P, D)"
+    demand(fits, f"shapes do not fit: {shapes}; want {letters}")
+    demand(G > 0 and H % G == 0, f"query heads must be a multiple of kv heads, got {H} and {G}")
+    demand(evicted_at.dtype == torch.int32, f"evicted_at must be int32, got {evicted_at.dtype}")
+    types, devices = ({str(getattr(t, of)) for t in tensors} for of in ("dtype", "device"))
+    floating = q.dtype.is_floating_point and types == {str(q.dtype), "torch.int32"}
+    demand(floating, f"queries, keys and values must be of one floating type, got {', '.join(types)}")
+    demand(len(devices) == 1, f"tensors must be on one device, got {', '.join(devices)}")
+    demand(q_start >= 0, f"q_start must be at least 0, got {q_start}")
+    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, evicted_at, q_start, shared)
 
 
 def check(device: str) -> dict[str, float]:

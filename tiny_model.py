@@ -77,6 +77,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, pad_B: Tensor) -> Tensor:
+    """Dense attention in left-padded sequences, by torch's own kernel: (B, H, T, D), in the rows of padding anything.
+
+    Sampler and learner make this same call for the prompts, so that in the model's own type they agree to the bit.
+    """
+
+    def turn(x_BHTD: Tensor, by_B: Tensor) -> Tensor:
+        at_BT = (torch.arange(x_BHTD.shape[2], device=by_B.device) + by_B[:, None]) % x_BHTD.shape[2]
+        return x_BHTD.gather(2, at_BT[:, None, :, None].expand_as(x_BHTD))
+
+    # a key for each query head: not all of the fast kernels know groups
+    M = q_BHTD.shape[1] // k_BGTD.shape[1]
+    q, k, v = q_BHTD, *(x[:, :, None].expand(-1, -1, M, -1, -1).flatten(1, 2) for x in (k_BGTD, v_BGTD))
+    if not pad_B.any():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # padding is turned round to the end, where no causal row looks: a mask would be T×T and keep off the fast kernels
+    q, k, v = (turn(x, pad_B) for x in (q, k, v))
+    return turn(F.scaled_dot_product_attention(q, k, v, is_causal=True), -pad_B)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
