@@ -49,8 +49,9 @@ from harness import base, cli, device, memory, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import opt, require
 from harness.objectives import Policy, dpo_loss, effective_share, gae, k3, same_shape, value_loss
-from kernel import NEVER, attention_torch, shadow_attention
-from tiny_model import ModelConfig, TinyModel, never_evicted, rope_positions, wide
+from harness.store import LIVES, Store, pack
+from kernel import NEVER, masked_attention, products, shadow_attention
+from tiny_model import ModelConfig, TinyModel, causal_attention, rope_positions, wide
 
 # what nobody has to turn, and why it is what it is
 CLIP = 0.2  # PPO's ε; bites from a batch's second update on
@@ -58,9 +59,10 @@ GAE_LAMBDA = 0.95  # as in PPO's paper
 VALUE_COEF = 0.5  # of the critic's loss, likewise
 DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
-SCRATCH = {"cpu": 2**20, "cuda": 2**28}  # keys, and values, that decoding converts to float64 at a time
+SCRATCH = {"cpu": 2**19, "cuda": 2**28}  # numbers, in keys and again in values, made float64 at a time in decoding
 LOGITS = 2**22  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
 ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
+CHOOSING = 8  # prompts whose samples choose at a time what they keep: what a choice makes is a part of the cache's peak
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
 GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
@@ -81,6 +83,7 @@ class Settings:
     out: str | None = everyday(None, "folder of the run (default: a new one under out/)", free=True)
     resume: bool = everyday(False, "continue the run in --out; what is not given is taken from it", free=True)
     prompt: str | None = everyday(None, "with --resume: answer this prompt from the checkpoint, and stop", free=True)
+    protect: str | None = sampling(None, "'prompt': its keys are never evicted, and the budget counts the response's")
     interval: int = sampling(4, "response tokens between two compressions of the cache", 1)
     window: int = sampling(4, "last queries, which snapkv and rkv read; these two and random always keep their keys", 1)
     sinks: int = sampling(1, "first keys, which streaming, snapkv and random always keep", 0)
@@ -134,6 +137,7 @@ class Eviction:
     window: int = 4
     sinks: int = 1
     pool: int = 5
+    protect: str | None = None  # "prompt": its keys stay, beside a budget that is the response's own
 
     def keep(self, length_N: Tensor) -> Tensor:
         """Entries to keep of prompts of these lengths (N,); UsageError where the policy is forced to keep more."""
@@ -147,7 +151,7 @@ class Eviction:
             keep_N = length_N.new_tensor([math.ceil(share * length) for length in length_N.tolist()])
             of = f" ({self.budget} of a prompt of {length_N.min()} tokens)"
         rule = EVICTIONS[self.policy]
-        forced = {"sinks": self.sinks} if rule.sinks else {}
+        forced = {"sinks": self.sinks} if rule.sinks and not self.protect else {}
         forced |= {"window": self.window} if rule.window else {"1": 1}
         least = sum(forced.values())
         need = f"{' + '.join(forced)} = {least}".removeprefix("1 = ")
@@ -157,18 +161,23 @@ class Eviction:
 
 @dataclass
 class Entries:
-    """A layer's keys as a policy sees them: the dead, then the live in column order. B: prompts, or later sequences."""
+    """A layer's keys as a policy sees them: the dead, then the live in column order. B: prompts, or later sequences.
+
+    Slots count through the two parts of the store, first what is shared, of which the prompts themselves have nothing.
+    """
 
     eviction: Eviction
     generator: torch.Generator | None
-    k_BGKD: Tensor
-    v_BGKD: Tensor
+    shared_k_NGKD: Tensor
+    own_k_BGKD: Tensor
+    slot_BGK: Tensor
     column_BGK: Tensor
     live_BGK: Tensor  # neither padding nor evicted
     received_BGK: Tensor | None  # attention received so far, where the policy accumulates it
     q_BHWD: Tensor  # the last W queries
     pad_B: Tensor
     keep_B: Tensor  # entries to keep
+    P: int  # columns of the prompt
     now: int  # column of the next query
 
     def newest(self, count: int | Tensor) -> Tensor:
@@ -177,21 +186,22 @@ class Entries:
     def sinks(self) -> Tensor:
         return self.column_BGK < self.pad_B[:, None, None] + self.eviction.sinks
 
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 or better, under torch.autocast as well."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a.to(wide(a.dtype)) @ b.to(wide(b.dtype))
+    def of_keys(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f (B, G, K, n) of each key in float32 or better; of a shared one it is computed once."""
+        shared_k, own_k = (k.to(wide(k.dtype)) for k in (self.shared_k_NGKD, self.own_k_BGKD))
+        both = torch.cat((f(shared_k).repeat_interleave(len(own_k) // len(shared_k), dim=0), f(own_k)), dim=2)
+        return both.gather(2, self.slot_BGK[..., None].expand(-1, -1, -1, both.shape[-1]))
 
 
 def window_logits(e: Entries) -> Tensor:
     """Logits of the recent queries over the live keys, (B, G, M, W, K); -inf where a query cannot see a key."""
     assert e.q_BHWD.shape[2], "a policy that reads queries says so in its rule"
-    G, W = e.k_BGKD.shape[1], e.q_BHWD.shape[2]
-    # the query heads of a kv head as rows of one product, which reads its keys once
-    q_BGnD = e.q_BHWD.unflatten(1, (G, -1)).flatten(2, 3)
-    logits_BGMWK = product(q_BGnD, e.k_BGKD.transpose(-1, -2)).unflatten(2, (-1, W))
-    logits_BGMWK *= q_BGnD.shape[-1] ** -0.5
+    _, H, W, D = e.q_BHWD.shape
+    with torch.autocast(e.q_BHWD.device.type, enabled=False):
+        given = (x.to(wide(x.dtype)) for x in (e.q_BHWD, e.own_k_BGKD, e.shared_k_NGKD))
+        logits_BGMWK = products(*given).transpose(1, 2).flatten(0, 1)
+    slot_BGMWK = e.slot_BGK[:, :, None, None].expand(-1, -1, H // e.slot_BGK.shape[1], W, -1)
+    logits_BGMWK = logits_BGMWK.gather(-1, slot_BGMWK).mul_(D**-0.5)
     q_column_W = torch.arange(e.now - W, e.now, device=e.q_BHWD.device)
     visible_BGWK = e.live_BGK[:, :, None] & (e.column_BGK[:, :, None] <= q_column_W[:, None])
     return logits_BGMWK.masked_fill_(~visible_BGWK[:, :, None], -math.inf)
@@ -232,7 +242,7 @@ def knorm(e: Entries) -> Tensor:
     """Keys of small norm are the ones that receive much attention (2406.11430)."""
     # in steps of 0.1 %: in the first layer the norms of equal tokens differ by rounding alone, and of those the earlier
     # key is to stay, in float32 as in float64
-    norm_BGK = e.k_BGKD.to(wide(e.k_BGKD.dtype)).norm(dim=-1)
+    norm_BGK = e.of_keys(lambda k: k.norm(dim=-1, keepdim=True))[..., 0]
     return -(1000 * norm_BGK.log()).round()
 
 
@@ -242,11 +252,12 @@ def rkv(e: Entries, mix: float = 0.07, alike: float = 0.5) -> Tensor:
     logits_BGWK = window_logits(e).amax(dim=2).masked_fill(window_BGK[:, :, None], -math.inf)
     attention_BGK = logits_BGWK.softmax(dim=-1).nan_to_num(0.0).mean(dim=2)
     attention_BGK = F.max_pool1d(attention_BGK, kernel_size=7, stride=1, padding=3)
-    unit_BGKD = F.normalize(e.k_BGKD.to(wide(e.k_BGKD.dtype)), dim=-1).masked_fill_(~e.live_BGK[..., None], 0.0)
-    slot_K = torch.arange(e.k_BGKD.shape[2], device=e.k_BGKD.device, dtype=torch.int32)
+    unit_BGKD = e.of_keys(partial(F.normalize, dim=-1)).masked_fill_(~e.live_BGK[..., None], 0.0)
+    slot_K = torch.arange(unit_BGKD.shape[2], device=unit_BGKD.device, dtype=torch.int32)
     total_BGK = torch.zeros_like(attention_BGK)
     for slot_r in slot_K.split(ROWS):
-        cosine_BGrK = product(unit_BGKD[:, :, slot_r], unit_BGKD.transpose(-1, -2))
+        with torch.autocast(slot_K.device.type, enabled=False):
+            cosine_BGrK = unit_BGKD[:, :, slot_r] @ unit_BGKD.transpose(-1, -2)
         cosine_BGrK.masked_fill_(slot_r[:, None] == slot_K, 0.0)
         # the last of a key's near copies does not count as one, so that the newest copy survives
         last_BGr1 = torch.where(cosine_BGrK > alike, slot_K, -1).amax(dim=-1, keepdim=True)
@@ -282,29 +293,24 @@ EVICTIONS = {
 }
 
 
-def select_and_record(e: Entries, keep: int, evicted_at_BGT: Tensor) -> Tensor:
-    """Pick each head's best entries and write the death of the others into evicted_at_BGT: slots (B, G, keep).
-
-    Slots are places in the cache, columns in the sequence. Where fewer than `keep` survive, the first ones are dead.
-    """
+def victims(e: Entries) -> Tensor:
+    """The live entries (B, G, K) that are not among their head's best, as many as the budget."""
     rule = EVICTIONS[e.eviction.policy]
-    score_BGK = rule.score(e)
-    if rule.sinks:
-        score_BGK = score_BGK.masked_fill(e.sinks(), math.inf)
+    stays_BGK = torch.zeros_like(e.live_BGK)
+    keep_BG1 = e.keep_B[:, None, None]
+    if rule.sinks and not e.eviction.protect:
+        stays_BGK |= e.sinks()
     if rule.window:
-        score_BGK = score_BGK.masked_fill(e.newest(e.eviction.window), math.inf)
-    score_BGK = score_BGK.masked_fill(~e.live_BGK, -math.inf)
-    # who survives: the best within the sequence's own budget. Stable, so that ties fall the same way on every device
-    slot_BGn = score_BGK.argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    within_B1n = torch.arange(keep, device=slot_BGn.device) < e.keep_B[:, None, None]
-    survives_BGn = e.live_BGK.gather(-1, slot_BGn) & within_B1n
-    # the record: who was alive and does not survive is gone from the next query on
-    survives_BGK = torch.zeros_like(e.live_BGK).scatter(-1, slot_BGn, survives_BGn)
-    before_BGK = evicted_at_BGT.gather(-1, e.column_BGK)
-    evicted_at_BGT.scatter_(-1, e.column_BGK, before_BGK.masked_fill(e.live_BGK & ~survives_BGK, e.now))
-    # the order: by column again, because policies that pool look at neighbours; the dead go first, out of the way
-    column_BGn = e.column_BGK.gather(-1, slot_BGn).masked_fill(~survives_BGn, -1)
-    return slot_BGn.gather(-1, column_BGn.argsort(dim=-1, stable=True))
+        stays_BGK |= e.newest(e.eviction.window)
+    if e.eviction.protect:
+        of_prompt_BGK = e.live_BGK & (e.column_BGK < e.P)
+        stays_BGK |= of_prompt_BGK
+        keep_BG1 = keep_BG1 + of_prompt_BGK.sum(dim=-1, keepdim=True)
+    score_BGK = rule.score(e).masked_fill(stays_BGK, math.inf).masked_fill(~e.live_BGK, -math.inf)
+    # stable, so that ties fall the same way on every device
+    order_BGK = score_BGK.argsort(dim=-1, descending=True, stable=True)
+    beyond_BGK = torch.arange(order_BGK.shape[-1], device=order_BGK.device) >= keep_BG1
+    return e.live_BGK & torch.zeros_like(e.live_BGK).scatter(-1, order_BGK, beyond_BGK.expand_as(order_BGK))
 
 
 @dataclass(frozen=True)
@@ -317,7 +323,7 @@ class Rollout:
     logp_BR: Tensor  # log-prob of each response token in the distribution that it was drawn from; 0 after the end
     length_B: Tensor  # response tokens, the end of text included
     evicted_at_LBGT: Tensor  # int32: the first column whose query can no longer see the key
-    kv_bytes: int  # most bytes that the cache, its record and the scratch of its compression held
+    kv_bytes: int  # most bytes that the cache, its record and what chooses and moves its entries held
     full_kv_bytes: int  # keys and values of a full cache, a prompt per sample
     full_kv_bytes_shared: int  # the same with one prompt for its S samples
 
@@ -332,120 +338,111 @@ class Rollout:
 
 
 class Cache:
-    """For every (layer, sequence, kv head), slots for a key, its value, its column and the attention that it received.
+    """What the sampler still has: of each prompt what was kept of it, once, and each sample's own tokens.
 
-    Allocated once, at budget + interval slots; from the end of the prompt on the first `used` hold something. Layers
-    attend with `prefill` and `decode`. `memory` counts what is alive here and while entries are chosen and moved.
+    Layers attend with `prefill` and `decode`. `memory` counts what is alive here and while entries are chosen.
     """
 
-    def __init__(self, model: TinyModel, pad_N: Tensor, S: int, P: int, max_new: int, eviction, generator, backend):
-        self.eviction = eviction or Eviction("streaming", P + max_new, sinks=0)  # full: nothing exceeds the budget
+    def __init__(self, pad_N: Tensor, S: int, P: int, max_new: int, eviction: Eviction | None, generator):
+        require(max_new <= LIVES, f"a response has at most {LIVES} tokens here, got {max_new}")
+        # a full cache: nothing exceeds the budget
+        self.eviction = eviction or Eviction("streaming", P + max_new, interval=32, sinks=0)
         self.rule = EVICTIONS[self.eviction.policy]
         self.generator = generator
-        self.backend = backend
-        self.S = S
-        self.pad_N, self.pad_B = pad_N, pad_N.repeat_interleave(S)
+        self.pad_N, self.S, self.P, self.max_new = pad_N, S, P, max_new
         self.keep_N = self.eviction.keep(P - pad_N)
-        self.keep_B = self.keep_N.repeat_interleave(S)
-        self.least, self.most = self.keep_N.min().item(), self.keep_N.max().item()
-        self.P = P
-        self.length = P  # columns so far, which is also the column of the next query
-        self.used = min(P, self.most)
-        c, like = model.config, model.embed_tokens.weight
-        shape = c.layers, len(self.pad_B), c.kv_heads, min(self.most + self.eviction.interval, P + max_new)
+        protected = P if self.eviction.protect else 0
+        self.least, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())
+        self.kept = min(P, self.most)  # of a prompt's columns, with dead ones where another prompt keeps more
+        kept_pad_N = self.kept - torch.minimum(P - pad_N, protected + self.keep_N)
+        self.kept_pad_B, self.keep_B = (x_N.repeat_interleave(S) for x_N in (kept_pad_N, self.keep_N))
+        self.used = self.kept  # entries of a sample, likewise
+        self.tokens = 0  # stored of each response
         W = self.eviction.window if self.rule.window else 1
-        W = W if self.rule.reads_queries else 0
-        self.k = like.new_zeros(*shape, c.head_dim)
-        self.v = torch.zeros_like(self.k)
-        self.column = like.new_zeros(shape, dtype=torch.int32)
-        self.received = like.new_zeros(shape, dtype=wide(like.dtype)) if self.rule.accumulates else None
-        self.q = like.new_zeros(c.layers, len(self.pad_B), c.heads, W, c.head_dim)  # the last W queries
-        self.evicted_at = never_evicted(self.pad_B, P + max_new).repeat(c.layers, 1, c.kv_heads, 1)
+        self.W = W if self.rule.reads_queries else 0
+        self.layers: list[Store] = []
         self.memory = memory.PeakBytes()
-        self.memory.hold(self.k, self.v, self.column, self.received, self.q, self.evicted_at)
 
     def prefill(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend densely within the prompts, then store what the budget allows of this layer's keys for all samples."""
+        """Attend densely within the prompts, then store what the budget allows of this layer's keys."""
         N, G, P, _ = k.shape
-        evicted_at_NGP = never_evicted(self.pad_N, P).repeat(1, G, 1)
-        column_P = torch.arange(P, device=k.device)
-        W = min(P, self.q.shape[3])
-        entries = k, v, column_P.expand(N, G, P), evicted_at_NGP == NEVER, None, q[:, :, P - W :]
         with self.memory:
             self.memory.hold(k, v)
-            e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, now=P)
+            column_NGP = torch.arange(P, device=k.device).expand(N, G, P)
+            live_NGP = column_NGP >= self.pad_N[:, None, None]
+            q_NHWD = q[:, :, max(0, P - self.W) :]
+            entries = k[:, :, :0], k, column_NGP, column_NGP, live_NGP, None, q_NHWD
+            e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, P, now=P)
             if self.rule.accumulates:
                 # some queries at a time: P × P weights would be the memory that the cache is there to save
                 rows = max(1, ROWS * G // q.shape[1])
                 spans = ((first, min(first + rows, P)) for first in range(0, P, rows))
                 blocks = (dataclasses.replace(e, q_BHWD=q[:, :, first:end], now=end) for first, end in spans)
                 e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
-            slot_NGn = select_and_record(e, self.used, evicted_at_NGP) if self.least < P else e.column_BGK
-            self.store(l, slot_NGn, e)
-        self.evicted_at[l][..., :P] = evicted_at_NGP.repeat_interleave(self.S, dim=0)
-        self.q[l][:, :, self.q.shape[3] - W :] = e.q_BHWD.repeat_interleave(self.S, dim=0)
-        return shadow_attention(q, k, v, never_evicted(self.pad_N, P).expand(-1, G, -1), backend=self.backend)
+            if self.least < P:
+                live_NGP = live_NGP & ~victims(e)
+            q_NHWD = F.pad(q_NHWD, (0, 0, self.W - q_NHWD.shape[2], 0))
+            self.layers.append(Store(k, v, live_NGP, e.received_BGK, q_NHWD, self.kept))
+        return causal_attention(q, k, v, self.pad_N)
+
+    def room(self) -> int:
+        """Tokens until entries are chosen again, or until the last that is stored."""
+        return min(self.eviction.interval, self.max_new - 1 - self.tokens)
+
+    def branch(self) -> None:
+        """All layers have the prompts: make room for what their samples add."""
+        with self.memory:
+            for layer in self.layers:
+                layer.branch(self.S, self.max_new, self.room())
 
     def decode(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
-        self.k[l][:, :, self.used] = k[:, :, 0]
-        self.v[l][:, :, self.used] = v[:, :, 0]
-        self.column[l][:, :, self.used] = self.length
-        self.q[l] = torch.cat((self.q[l], q), dim=2)[:, :, 1:]
-        e = self.entries(l, self.used + 1, now=self.length + 1)
-        if self.rule.accumulates:
-            e.received_BGK[:, :, self.used] = 0.0  # the slot may have held another key
-            e.received_BGK += window_attention(dataclasses.replace(e, q_BHWD=q)).sum(dim=(2, 3))
-        # the definition itself, on slots instead of positions: a learner that attends by it gets the same sums
-        evicted_at_BGK = torch.where(e.live_BGK, NEVER, 0).to(torch.int32)
-        # a part of the sequences at a time, because the float64 copies of all of them would leave the processor's cache
-        part = max(1, SCRATCH[q.device.type] // e.k_BGKD[0].numel())
-        pieces = zip(*(x.split(part) for x in (q, e.k_BGKD, e.v_BGKD, evicted_at_BGK)), strict=True)
-        return torch.cat([attention_torch(*piece, q_start=self.used) for piece in pieces])
+        layer = self.layers[l]
+        layer.add(q, k, v)
+        shared, own = layer.shared, layer.own
+        # some prompts at a time, because the float64 copies of all keys would leave the processor's cache
+        numbers = shared.k_XGKD[0].numel() + self.S * own.k_XGKD[0].numel()
+        outs = []
+        for n, b in layer.parts(max(1, SCRATCH[q.device.type] // numbers)):
+            of_samples = q[b], own.k_XGKD[b], own.v_XGKD[b], ~layer.seen_BGK[b, :, None]
+            out_BH1D, weight_NGSM1K = masked_attention(*of_samples, (shared.k_XGKD[n], shared.v_XGKD[n]))
+            outs.append(out_BH1D.to(q.dtype))
+            if self.rule.accumulates:
+                layer.receive(n, b, weight_NGSM1K.sum(dim=(3, 4)).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)
 
-    def entries(self, l: int, used: int, now: int) -> Entries:
-        """The first slots of a layer, as views: what is written to them is written to the cache."""
-        column_BGK = self.column[l][:, :, :used].long()
-        live_BGK = self.evicted_at[l].gather(-1, column_BGK) == NEVER
-        received_BGK = self.received[l][:, :, :used] if self.rule.accumulates else None
-        slots = self.k[l][:, :, :used], self.v[l][:, :, :used], column_BGK, live_BGK, received_BGK, self.q[l]
-        return Entries(self.eviction, self.generator, *slots, self.pad_B, self.keep_B, now)
+    def evict(self, layer: Store, n: slice, b: slice) -> None:
+        """Return to the budget in these sequences."""
+        slot_BGK = pack(layer.seen_BGK[b], self.used)
+        live_BGK = layer.seen_BGK[b].gather(-1, slot_BGK)
+        column_BGK = layer.columns(n, b).gather(-1, slot_BGK)
+        received_BGK = layer.received_BGT[b].gather(-1, column_BGK) if self.rule.accumulates else None
+        keys = layer.shared.k_XGKD[n], layer.own.k_XGKD[b], slot_BGK, column_BGK, live_BGK, received_BGK
+        limits = self.kept_pad_B[b], self.keep_B[b], self.kept, self.kept + self.tokens
+        e = Entries(self.eviction, self.generator, *keys, layer.q_BHWD[b], *limits)
+        layer.bury(b, slot_BGK, column_BGK, victims(e))
 
     def token_done(self) -> None:
-        """Every layer has the token: count it, and at the end of an interval return to the budget, in place."""
+        """Every layer has the token: count it, and at the end of an interval return to the budget."""
         self.used += 1
-        self.length += 1
-        if (self.length - self.P) % self.eviction.interval == 0 and self.used > self.most:
-            for l in range(len(self.k)):
-                with self.memory:
-                    e = self.entries(l, self.used, now=self.length)
-                    self.store(l, select_and_record(e, self.most, self.evicted_at[l]), e)
-            self.used = self.most
-
-    def store(self, l: int, slot_XGn: Tensor, e: Entries) -> None:
-        """Move the chosen entries to the front of layer l: key, value, column and attention received, by one index.
-
-        X counts sequences or, right after the prompt, prompts, and then each of their samples gets a copy.
-        """
-        X, _, n = slot_XGn.shape
-        index_XGnD = slot_XGn[..., None].expand(-1, -1, -1, e.k_BGKD.shape[-1])
-
-        def move(slots_LBGK: Tensor, entries_XGK: Tensor, index_XGn: Tensor) -> None:
-            chosen_XGn = entries_XGK.gather(2, index_XGn)
-            slots_LBGK[l].unflatten(0, (X, -1))[:, :, :, :n] = chosen_XGn[:, None]
-
-        move(self.k, e.k_BGKD, index_XGnD)
-        move(self.v, e.v_BGKD, index_XGnD)
-        move(self.column, e.column_BGK, slot_XGn)
-        if self.rule.accumulates:
-            move(self.received, e.received_BGK, slot_XGn)
+        self.tokens += 1
+        if self.tokens % self.eviction.interval:
+            return
+        with self.memory:
+            for layer in self.layers:
+                for n, b in layer.parts(CHOOSING) if self.used > self.least else ():
+                    self.evict(layer, n, b)
+                if self.room() < self.eviction.interval:  # nothing will be chosen any more
+                    layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
+            for layer in self.layers:
+                layer.drop_dead(self.room())
+        self.used = min(self.used, self.most)
 
 
 @torch.no_grad()
 def sample(
     model: TinyModel, prompt_NP: Tensor, pad_N: Tensor, samples: int, max_new: int, eos: int,
-    eviction: Eviction | None = None, generator: torch.Generator | None = None,
-    forced_BR: Tensor | None = None, backend: str | None = None,
+    eviction: Eviction | None = None, generator: torch.Generator | None = None, forced_BR: Tensor | None = None,
 ) -> Rollout:  # fmt: skip
     """Draw responses with a small cache, and record which query could see which key.
 
@@ -455,12 +452,13 @@ def sample(
     Temperature 1 and no truncation: only if the recorded log-prob is the model's own can a learner reproduce it.
     """
     N, P = prompt_NP.shape
-    cache = Cache(model, pad_N, samples, P, max_new, eviction, generator, backend)
-    hidden_NPC = model.extend(prompt_NP, rope_positions(pad_N, P), cache.prefill)
-    hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, dim=0)
+    cache = Cache(pad_N, samples, P, max_new, eviction, generator)
+    hidden_BC = model.extend(prompt_NP, rope_positions(pad_N, P), cache.prefill)[:, -1].repeat_interleave(samples, 0)
+    cache.branch()
+    pad_B = pad_N.repeat_interleave(samples)
     tokens, logps = [], []
-    length_B = torch.zeros_like(cache.pad_B)
-    alive_B = torch.ones_like(cache.pad_B, dtype=torch.bool)
+    length_B = torch.zeros_like(pad_B)
+    alive_B = torch.ones_like(pad_B, dtype=torch.bool)
     while True:
         logp_BV = model.log_probs(hidden_BC)
         if not logp_BV.isfinite().all():
@@ -476,15 +474,16 @@ def sample(
         if len(tokens) == max_new or not alive_B.any():
             break
         # a sequence that has ended runs along with the others; `finished_record` drops what it writes from here on
-        position_B1 = (cache.length - cache.pad_B)[:, None]
+        position_B1 = (P + cache.tokens - pad_B)[:, None]
         hidden_BC = model.extend(tokens[-1][:, None], position_B1, cache.decode)[:, 0]
         cache.token_done()
-    B, R = len(length_B), len(tokens)
-    evicted_at_LBGT = finished_record(cache.evicted_at[..., : P + R], P + length_B)
+    B, R, c = len(length_B), len(tokens), model.config
+    bytes_of_entry = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
+    full_bytes, shared_bytes = (n * bytes_of_entry for n in (B * (P + R - 1), N * P + B * (R - 1)))
+    with cache.memory:  # one layer after the other is given up for its record
+        evicted_at_LBGT = torch.stack([cache.layers.pop(0).record(pad_N, P) for _ in range(c.layers)])
+    evicted_at_LBGT = finished_record(evicted_at_LBGT[..., : P + R], P + length_B)
     drawn = torch.stack(tokens, dim=1), torch.stack(logps, dim=1), length_B
-    bytes_of_entry = 2 * cache.k[:, 0, :, 0].numel() * cache.k.element_size()
-    full_bytes = B * (P + R - 1) * bytes_of_entry
-    shared_bytes = (N * P + B * (R - 1)) * bytes_of_entry
     return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.memory.peak, full_bytes, shared_bytes)
 
 
@@ -511,18 +510,15 @@ def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: s
     """
     P, R = rollout.prompt_NP.shape[1], rollout.response_BR.shape[1]
     S = len(rollout.response_BR) // len(rollout.prompt_NP)
-    never_NGP = never_evicted(rollout.pad_N, P).expand(-1, model.config.kv_heads, -1)
     prompt_keys = []
 
     def attend_in_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prompt_keys.append((k, v))
-        return shadow_attention(q, k, v, never_NGP, backend=backend)
+        return causal_attention(q, k, v, rollout.pad_N)
 
     def attend_behind_prompts(evicted_at_LBGT: Tensor, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt_k, prompt_v = (x_NGPD.repeat_interleave(S, dim=0) for x_NGPD in prompt_keys[l])
-        k = torch.cat((prompt_k, k), dim=2)
-        v = torch.cat((prompt_v, v), dim=2)
-        return shadow_attention(q, k, v, evicted_at_LBGT[l][..., : P + R - 1], q_start=P, backend=backend)
+        seen_BGT = evicted_at_LBGT[l][..., : P + R - 1]
+        return shadow_attention(q, k, v, seen_BGT, q_start=P, backend=backend, shared=prompt_keys[l])
 
     hidden_NPC = model.extend(rollout.prompt_NP, rope_positions(rollout.pad_N, P), attend_in_prompts)
     first_B1C = hidden_NPC[:, -1:].repeat_interleave(S, dim=0)
@@ -712,7 +708,7 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
 
 
 CHOICES = dict(method=METHODS, eviction=EVICTIONS, objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS)
-CHOICES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS)
+CHOICES |= dict(protect=("prompt",), device=("cpu", "cuda"), backend=kernel.BACKENDS)
 
 
 def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dict]:
@@ -778,7 +774,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
 
 def agent_for(s: Settings) -> Agent:
     """Task, model and sampler; UsageError where they do not fit, before anything is computed or written."""
-    return Agent(s, sample, Eviction(s.eviction, s.budget, s.interval, s.window, s.sinks, s.pool))
+    return Agent(s, sample, Eviction(s.eviction, s.budget, s.interval, s.window, s.sinks, s.pool, s.protect))
 
 
 def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, reward: Callable, step: int) -> dict:

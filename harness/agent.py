@@ -39,7 +39,7 @@ class Agent:
         prompts = tokenize(self.encoding, [e.prompt for e in examples], self.s.device)
         limits = samples, self.s.max_new, self.encoding.eot_token
         eviction = self.eviction if evict else None
-        rollout = self.sample(self.model, *prompts, *limits, eviction, generator, backend=self.s.backend)
+        rollout = self.sample(self.model, *prompts, *limits, eviction, generator)
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
 
     @torch.no_grad()
