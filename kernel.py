@@ -392,20 +392,22 @@ def shadow_attention(
     Raises ValueError where shapes, types or devices do not fit together, or the backend cannot take them.
     """
     tensors = q, k, v, evicted_at, *(shared or ())
-    shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     fits = [t.ndim for t in tensors] == [4, 4, 4, 3, 4, 4][: len(tensors)]
     if fits:
         (B, H, Tq, D), (G, Tk), (N, P) = q.shape, k.shape[1:3], shared[0].shape[::2] if shared else (q.shape[0], 0)
         want = (B, H, Tq, D), (B, G, Tk, D), (B, G, Tk, D), (B, G, P + Tk), (N, G, P, D), (N, G, P, D)
         fits = tuple(tuple(t.shape) for t in tensors) == want[: len(tensors)] and N * (B // max(N, 1)) == B
-    letters = "(B, H, Tq, D), twice (B, G, Tk, D), (B, G, P + Tk), and of what is shared twice (N, G, P, D)"
-    demand(fits, f"shapes do not fit: {shapes}; want {letters}")
+    if not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        letters = "(B, H, Tq, D), twice (B, G, Tk, D), (B, G, P + Tk), and of what is shared twice (N, G, P, D)"
+        raise ValueError(f"shapes do not fit: {shapes}; want {letters}")
     demand(G > 0 and H % G == 0, f"query heads must be a multiple of kv heads, got {H} and {G}")
     demand(evicted_at.dtype == torch.int32, f"evicted_at must be int32, got {evicted_at.dtype}")
-    types, devices = ({str(getattr(t, of)) for t in tensors} for of in ("dtype", "device"))
-    floating = q.dtype.is_floating_point and types == {str(q.dtype), "torch.int32"}
-    demand(floating, f"queries, keys and values must be of one floating type, got {', '.join(types)}")
-    demand(len(devices) == 1, f"tensors must be on one device, got {', '.join(devices)}")
+    types = {t.dtype for t in tensors if t is not evicted_at}
+    one_type = len(types) == 1 and q.dtype.is_floating_point
+    demand(one_type, f"queries, keys and values must be of one floating type, got {', '.join(map(str, types))}")
+    devices = {t.device for t in tensors}
+    demand(len(devices) == 1, f"tensors must be on one device, got {', '.join(map(str, devices))}")
     demand(q_start >= 0, f"q_start must be at least 0, got {q_start}")
     return BACKENDS[backend_for(q.device.type, backend)](q, k, v, evicted_at, q_start, shared)
 

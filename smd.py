@@ -398,7 +398,7 @@ class Cache:
     def decode(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
         layer = self.layers[l]
-        layer.add(q, k, v)
+        layer.add(q, k, v, column=self.kept + self.tokens)
         shared, own = layer.shared, layer.own
         # some prompts at a time, because the float64 copies of all keys would leave the processor's cache
         numbers = shared.k_XGKD[0].numel() + self.S * own.k_XGKD[0].numel()
@@ -420,7 +420,7 @@ class Cache:
         keys = layer.shared.k_XGKD[n], layer.own.k_XGKD[b], slot_BGK, column_BGK, live_BGK, received_BGK
         limits = self.kept_pad_B[b], self.keep_B[b], self.kept, self.kept + self.tokens
         e = Entries(self.eviction, self.generator, *keys, layer.q_BHWD[b], *limits)
-        layer.bury(b, slot_BGK, column_BGK, victims(e))
+        layer.bury(b, slot_BGK, column_BGK, victims(e), self.tokens)
 
     def token_done(self) -> None:
         """Every layer has the token: count it, and at the end of an interval return to the budget."""
@@ -428,10 +428,12 @@ class Cache:
         self.tokens += 1
         if self.tokens % self.eviction.interval:
             return
+        over = self.used > self.least
         with self.memory:
             for layer in self.layers:
-                for n, b in layer.parts(CHOOSING) if self.used > self.least else ():
-                    self.evict(layer, n, b)
+                if over:
+                    for n, b in layer.parts(CHOOSING):
+                        self.evict(layer, n, b)
                 if self.room() < self.eviction.interval:  # nothing will be chosen any more
                     layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
             for layer in self.layers:

@@ -524,10 +524,8 @@ def test_1_a_protected_prompt_is_kept_whole_beside_a_budget_of_the_response(poli
         assert (replayed_logp(model, rollout, rollout.never_evicted_LBGT) - drawn).abs().max() > 1e-3
         of_prompt, of_response = rollout.evicted_at_LBGT.tensor_split([30], dim=-1)
         assert (of_prompt % NEVER == 0).all(), "a prompt key died"
-        query, key = (
-            torch.arange(30, rollout.evicted_at_LBGT.shape[-1]).unflatten(0, (-1, 1)),
-            torch.arange(of_response.shape[-1]),
-        )
+        key = torch.arange(of_response.shape[-1])
+        query = 30 + key[:, None]
         alive = (30 + key <= query) & (query < of_response[..., None, :])
         alive &= query < (30 + rollout.length_B - 1)[:, None, None, None]  # a query, and not past the end
         assert (alive.sum(dim=-1) <= most.repeat_interleave(3)[:, None, None] + 3).all()
@@ -789,9 +787,9 @@ def test_4_a_layer_holds_the_budget_of_each_prompt_and_the_new_tokens_of_each_sa
     model, held, chosen = small_model(), [], []
     add, victims = Store.add, smd.victims
 
-    def watched(layer, *token):
-        add(layer, *token)
-        held.append((layer.tokens, layer.shared.k_XGKD.shape[2], layer.own.k_XGKD.shape[2]))
+    def watched(layer, *token, column):
+        add(layer, *token, column)
+        held.append((column - layer.kept_NGC.shape[2] + 1, layer.shared.k_XGKD.shape[2], layer.own.k_XGKD.shape[2]))
 
     monkeypatch.setattr(Store, "add", watched)
     monkeypatch.setattr(smd, "victims", lambda e: chosen.append(e.column_BGK.shape[2]) or victims(e))
@@ -821,28 +819,25 @@ def test_4_a_shared_key_leaves_when_no_sample_of_its_prompt_sees_it():
     layer = Store(k, k + 10, torch.ones(1, 1, 4, dtype=torch.bool), None, torch.zeros(1, 1, 0, 1), count=4)
     layer.branch(S=2, R=4, room=2)
     token = torch.tensor([[[[4.0]]], [[[5.0]]]])
-    layer.add(torch.zeros(2, 1, 1, 1), token, token + 10)
+    layer.add(torch.zeros(2, 1, 1, 1), token, token + 10, column=4)
     assert layer.seen_BGK[:, 0].tolist() == [[True] * 5 + [False]] * 2
     slot = torch.tensor([[[1, 2, 3]], [[2, 3, 4]]])
     dies = torch.tensor([[[True, True, False]], [[True, False, True]]])
-    layer.bury(slice(0, 2), slot, slot, dies)  # at first, slots stand in the order of columns
+    layer.bury(slice(0, 2), slot, slot, dies, tokens=1)  # at first, slots stand in the order of columns
     layer.drop_dead(room=1)
-    assert layer.shared.k_XGKD.flatten().tolist() == [0, 1, 3] and layer.shared.v_XGKD.flatten().tolist() == [
-        10,
-        11,
-        13,
-    ]
+    assert layer.shared.k_XGKD.flatten().tolist() == [0, 1, 3]
+    assert layer.shared.v_XGKD.flatten().tolist() == [10, 11, 13]
     assert layer.shared.column_XGK.flatten().tolist() == [0, 1, 3]
     assert layer.filled == 1 and layer.own.k_XGKD[0, 0, 0] == 4
     assert layer.seen_BGK[:, 0].tolist() == [[True, False, True, True, False], [True, True, True, False, False]]
-    assert layer.columns(slice(0, 1), slice(0, 1))[0, 0, :4].tolist() == [0, 1, 3, 4]
+    assert layer.columns(slice(0, 1), slice(0, 2))[0, 0, :4].tolist() == [0, 1, 3, 4]
     record = layer.record(torch.tensor([0]), P=4)
     assert record[:, 0].tolist() == [[NEVER, 5, 5, NEVER] + [NEVER] * 4, [NEVER, NEVER, 5, NEVER, 5] + [NEVER] * 3]
     # and all of it may go
-    layer.bury(
-        slice(0, 2), torch.tensor([[[0, 2]]] * 2), torch.tensor([[[0, 3]]] * 2), torch.tensor([[[True, True]]] * 2)
-    )
-    layer.bury(slice(1, 2), torch.tensor([[[1]]]), torch.tensor([[[1]]]), torch.tensor([[[True]]]))
+    slot, column, dies = torch.tensor([[[0, 2]]] * 2), torch.tensor([[[0, 3]]] * 2), torch.ones(2, 1, 2).bool()
+    layer.bury(slice(0, 2), slot, column, dies, tokens=1)
+    one, dies = torch.tensor([[[1]]]), torch.ones(1, 1, 1).bool()
+    layer.bury(slice(1, 2), one, one, dies, tokens=1)
     layer.drop_dead(room=0)
     assert layer.shared.k_XGKD.shape[2] == 0 and layer.own.k_XGKD[0].flatten().tolist() == [4]
 

@@ -25,8 +25,9 @@ class PeakBytes(TorchDispatchMode):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            known, _ = self.alive.get(id(storage), (lambda: None, 0))
-            if known() is not storage:  # or the id is that of one that was freed
+            held = self.alive.get(id(storage))
+            # an id may have been that of another storage, which was freed
+            if held is None or held[0]() is not storage:
                 self.alive[id(storage)] = weakref.ref(storage), storage.nbytes()
                 self.count += storage.nbytes()
         if self.count > self.peak:

@@ -40,9 +40,8 @@ class Keys:
     def take(self, slot_XGn: Tensor) -> None:
         """What is in these slots, in this order; one tensor after the other, so that never all are there twice."""
         X, G, K = self.column_XGK.shape
-        row_XGn = K * torch.arange(X * G, device=slot_XGn.device).view(X, G, 1) + slot_XGn
-        row_n = row_XGn.flatten().int()
-        del row_XGn
+        first_XG1 = K * torch.arange(X * G, device=slot_XGn.device).view(X, G, 1)
+        row_n = (first_XG1 + slot_XGn).flatten().int()
         for name in list(vars(self)):
             taken_nD = getattr(self, name).flatten(0, 2).index_select(0, row_n)
             setattr(self, name, taken_nD.unflatten(0, slot_XGn.shape))
@@ -66,10 +65,10 @@ class Store:
         self.seen_BGK = live_NGP.gather(-1, kept_NGC)
         self.received_BGT = None if received_NGP is None else received_NGP.gather(-1, kept_NGC)
         self.q_BHWD = q_NHWD
-        self.tokens = 0
 
     def branch(self, S: int, R: int, room: int) -> None:
-        """From prompts to their samples: responses of R tokens at most, and room for some of them now."""
+        """From prompts to S samples of each: responses of R tokens at most, and room for some of them now."""
+        self.S = S
         seen_BGC, self.q_BHWD = (x.repeat_interleave(S, dim=0) for x in (self.seen_BGK, self.q_BHWD))
         own_shape = *seen_BGC.shape[:2], room
         self.own = Keys(*(x.new_zeros(*own_shape, *x.shape[3:]) for x in vars(self.shared).values()))
@@ -79,58 +78,54 @@ class Store:
         if self.received_BGT is not None:
             self.received_BGT = F.pad(self.received_BGT.repeat_interleave(S, dim=0), (0, R))
 
-    def add(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> None:
+    def add(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, column: int) -> None:
         """One token more in each sequence."""
         self.own.k_XGKD[:, :, self.filled] = k_BG1D[:, :, 0]
         self.own.v_XGKD[:, :, self.filled] = v_BG1D[:, :, 0]
-        self.own.column_XGK[:, :, self.filled] = self.kept_NGC.shape[2] + self.tokens
+        self.own.column_XGK[:, :, self.filled] = column
         self.seen_BGK[:, :, self.shared.k_XGKD.shape[2] + self.filled] = True
         self.q_BHWD.copy_(torch.cat((self.q_BHWD, q_BH1D), dim=2)[:, :, 1:])
         self.filled += 1
-        self.tokens += 1
 
     def parts(self, size: int) -> Iterator[tuple[slice, slice]]:
         """So many prompts at a time, and their samples."""
-        N = len(self.kept_NGC)
-        S = len(self.died_BGT) // N
-        for first in range(0, N, size):
-            yield slice(first, first + size), slice(first * S, (first + size) * S)
+        for first in range(0, len(self.kept_NGC), size):
+            yield slice(first, first + size), slice(first * self.S, (first + size) * self.S)
 
     def columns(self, n: slice, b: slice) -> Tensor:
         """The column of each slot for these prompts and their samples: (B, G, K)."""
-        shared_NGK, own_BGK = self.shared.column_XGK[n], self.own.column_XGK[b]
-        S = len(own_BGK) // len(shared_NGK)
-        return torch.cat((shared_NGK.repeat_interleave(S, dim=0), own_BGK), dim=2).long()
+        shared_BGK = self.shared.column_XGK[n].repeat_interleave(self.S, dim=0)
+        return torch.cat((shared_BGK, self.own.column_XGK[b]), dim=2).long()
 
     def receive(self, n: slice, b: slice, attention_BGK: Tensor) -> None:
         """Add the attention that slots received to what their keys had."""
         received_BGT = self.received_BGT[b]
         received_BGT.scatter_add_(-1, self.columns(n, b), attention_BGK.to(received_BGT.dtype))
 
-    def bury(self, b: slice, slot_BGn: Tensor, column_BGn: Tensor, dies_BGn: Tensor) -> None:
-        """Record who dies now in these sequences."""
+    def bury(self, b: slice, slot_BGn: Tensor, column_BGn: Tensor, dies_BGn: Tensor, tokens: int) -> None:
+        """Record who dies in these sequences, whose responses have so many tokens."""
         seen_BGK, died_BGT = self.seen_BGK[b], self.died_BGT[b]
         seen_BGK.scatter_(-1, slot_BGn, seen_BGK.gather(-1, slot_BGn) & ~dies_BGn)
-        died_BGT.scatter_(-1, column_BGn, died_BGT.gather(-1, column_BGn).masked_fill(dies_BGn, self.tokens))
+        died_BGT.scatter_(-1, column_BGn, died_BGT.gather(-1, column_BGn).masked_fill(dies_BGn, tokens))
 
     def drop_dead(self, room: int) -> None:
         """What no sample sees leaves the store, the rest closes up, and there is room for so many new tokens."""
-        N, _, K = self.shared.column_XGK.shape
+        K = self.shared.column_XGK.shape[2]
         shared_BGK, own_BGK = self.seen_BGK.tensor_split([K], dim=-1)
-        slot_NGn, slot_BGn = pack(shared_BGK.unflatten(0, (N, -1)).any(dim=1)), pack(own_BGK)
+        slot_NGn = pack(shared_BGK.unflatten(0, (-1, self.S)).any(dim=1))
+        slot_BGn = pack(own_BGK)
         if slot_NGn.shape[2] < K:
             self.shared.take(slot_NGn)
-            shared_BGK = shared_BGK.gather(-1, slot_NGn.repeat_interleave(len(own_BGK) // N, dim=0))
+            shared_BGK = shared_BGK.gather(-1, slot_NGn.repeat_interleave(self.S, dim=0))
         self.own.take(F.pad(slot_BGn, (0, room)))  # the new slots hold what slot 0 did, and nobody sees it
         self.filled = slot_BGn.shape[2]
         self.seen_BGK = torch.cat((shared_BGK, F.pad(own_BGK.gather(-1, slot_BGn), (0, room))), dim=-1)
 
     def record(self, pad_N: Tensor, P: int) -> Tensor:
         """evicted_at by the columns of prompts of P columns, and of their responses: int32 (B, G, P + R)."""
-        S = len(self.died_BGT) // len(pad_N)
         evicted_at_BGT = (P + self.died_BGT.int()).masked_fill(self.died_BGT == LIVES, NEVER)
         of_kept_BGC, of_response_BGR = evicted_at_BGT.tensor_split([self.kept_NGC.shape[2]], dim=-1)
         of_prompt_BGP = of_kept_BGC.new_full((*of_kept_BGC.shape[:2], P), P)
-        of_prompt_BGP.scatter_(-1, self.kept_NGC.repeat_interleave(S, dim=0).long(), of_kept_BGC)
-        padding_BP = torch.arange(P, device=pad_N.device) < pad_N.repeat_interleave(S)[:, None]
+        of_prompt_BGP.scatter_(-1, self.kept_NGC.repeat_interleave(self.S, dim=0).long(), of_kept_BGC)
+        padding_BP = torch.arange(P, device=pad_N.device) < pad_N.repeat_interleave(self.S)[:, None]
         return torch.cat((of_prompt_BGP.masked_fill_(padding_BP[:, None], 0), of_response_BGR), dim=-1)
