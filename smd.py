@@ -38,6 +38,8 @@ from typing import NamedTuple
 
 # threads that spin while they wait for one another cost, beside a busy process, far more than the core that it takes
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# large tensors in large pages: those of a real model are given back and taken again all the time
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn.functional as F
@@ -45,86 +47,43 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernel
-from harness import base, cli, device, memory, report, runs, streams, tasks
+from harness import base, cli, device, memory, pretrained, report, runs, streams, tasks
 from harness.agent import Agent
-from harness.cli import opt, require
-from harness.objectives import Policy, dpo_loss, effective_share, gae, k3, same_shape, value_loss
+from harness.cli import require
+from harness.objectives import (
+    DPO_BETA,
+    GAE_LAMBDA,
+    VALUE_COEF,
+    Counts,
+    Policy,
+    dpo_loss,
+    effective_share,
+    gae,
+    k3,
+    same_shape,
+    value_loss,
+)
+from harness.settings import Settings, completed
 from harness.store import LIVES, Store, pack
 from kernel import NEVER, masked_attention, products, shadow_attention
-from tiny_model import ModelConfig, TinyModel, causal_attention, rope_positions, wide
+from tiny_model import TinyModel, causal_attention, rope_positions, wide
 
 # what nobody has to turn, and why it is what it is
 CLIP = 0.2  # PPO's ε; bites from a batch's second update on
-GAE_LAMBDA = 0.95  # as in PPO's paper
-VALUE_COEF = 0.5  # of the critic's loss, likewise
-DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
 SCRATCH = {"cpu": 2**19, "cuda": 2**28}  # numbers, in keys and again in values, made float64 at a time in decoding
-LOGITS = 2**22  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
+LOGITS = 2**24  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
 ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
 CHOOSING = 8  # prompts whose samples choose at a time what they keep: what a choice makes is a part of the cache's peak
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
-GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
-everyday, sampling, learning, asking, running = (partial(opt, group) for group in GROUPS)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run depends on. What is None here is decided in `checked`, by the task and the machine."""
-
-    method: str = everyday("smd", "smd replays, naive ignores eviction, dense never evicts, the others reweight")
-    eviction: str = everyday("snapkv", "eviction policy: which keys the sampler keeps")
-    budget: int | float | None = everyday(None, "keys kept: a count, or a share of the prompt (default: 22; text 0.5)")
-    steps: int = everyday(100, "steps of sampling and learning, in all", 0, free=True)
-    lr: float = everyday(4e-4, "learning rate", 0)
-    seed: int = everyday(0, "seed of the training prompts and of the sampler; the base policy has its own", 0)
-    data: str | None = everyday(None, "JSONL of prompt and answer, or of GSM8K's question and answer")
-    out: str | None = everyday(None, "folder of the run (default: a new one under out/)", free=True)
-    resume: bool = everyday(False, "continue the run in --out; what is not given is taken from it", free=True)
-    prompt: str | None = everyday(None, "with --resume: answer this prompt from the checkpoint, and stop", free=True)
-    protect: str | None = sampling(None, "'prompt': its keys are never evicted, and the budget counts the response's")
-    interval: int = sampling(4, "response tokens between two compressions of the cache", 1)
-    window: int = sampling(4, "last queries, which snapkv and rkv read; these two and random always keep their keys", 1)
-    sinks: int = sampling(1, "first keys, which streaming, snapkv and random always keep", 0)
-    pool: int | None = sampling(None, "snapkv: neighbours that a score is averaged over (default: 1; text 5)", 1)
-    prompts: int | None = sampling(None, "prompts per step (default: 32; text 8)", 1)
-    samples: int = sampling(8, "samples per prompt: the group of GRPO", 1)
-    max_new: int | None = sampling(None, "longest response, in tokens (default: hops + 1; text 128)", 1)
-    objective: str = learning("grpo", "what is maximised; dr_grpo is grpo without the group's std")
-    lam: float = learning(0.1, "smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
-    kl_ref: float = learning(0.0, "weight of the KL penalty to the base policy, by the estimator k3", 0)
-    epochs: int = learning(1, "passes over a batch of rollouts", 1)
-    minibatches: int = learning(1, "updates in a pass, each on a part of the prompts", 1)
-    task: str | None = asking(None, "what is asked (default: chain, or text if --data is given)")
-    hops: int = asking(6, "chain: letters in the answer", 1)
-    encoding: str = asking("bytes", "'bytes', which downloads nothing, or the name of one of tiktoken's encodings")
-    width: int = asking(128, "model width", 1)
-    warmup_steps: int | None = asking(None, "supervised steps of the base policy (default: 400; text 100)", 0)
-    eval_every: int = running(25, "steps between two evaluations on held-out prompts; 0: only before and after", 0)
-    eval_prompts: int = running(1024, "held-out prompts of an evaluation, at most", 1)
-    device: str | None = running(None, "where to compute (default: cuda where there is one)", free=True)
-    backend: str | None = running(None, "attention (default: triton on cuda, else torch)", free=True)
-    overwrite: bool = running(False, "replace the run in --out", free=True)
-
 
 def checked(s: Settings) -> Settings:
-    """Settings with what task and machine decide filled in; UsageError for what no run could use."""
+    """Settings with what task, model and machine decide filled in; UsageError for what no run could use."""
     cli.check_values(s, CHOICES)
-    s = cli.fill_in(s, device=device.default(), task="chain" if s.data is None else "text")
-    s = cli.fill_in(s, **tasks.TASKS[s.task].defaults(s))
-    unit = 2 * ModelConfig.heads
-    require(s.width % unit == 0, f"--width must be a multiple of {unit}, got {s.width}")
-    require(s.pool % 2 == 1, f"--pool must be odd, a key and as many neighbours on either side, got {s.pool}")
-    grouped = s.samples > 1 or s.objective == "ppo"
-    require(grouped, f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1")
-    parts = f"--minibatches must divide --prompts = {s.prompts}, so that all sequences weigh the same"
-    require(s.prompts % s.minibatches == 0, f"{parts}; got {s.minibatches}")
     weighted_dpo = s.objective == "dpo" and METHODS[s.method].weight is not None
     require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
-    require(not (s.resume and s.overwrite), "--resume and --overwrite exclude each other; take one of them")
-    device.check(s.device, s.backend, s.width // ModelConfig.heads)
-    return s
+    return completed(s)
 
 
 @dataclass(frozen=True)
@@ -455,7 +414,8 @@ def sample(
     """
     N, P = prompt_NP.shape
     cache = Cache(pad_N, samples, P, max_new, eviction, generator)
-    hidden_BC = model.extend(prompt_NP, rope_positions(pad_N, P), cache.prefill)[:, -1].repeat_interleave(samples, 0)
+    hidden_NPC = model.extend(model.embed_tokens(prompt_NP), rope_positions(pad_N, P), cache.prefill)
+    hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, 0)
     cache.branch()
     pad_B = pad_N.repeat_interleave(samples)
     tokens, logps = [], []
@@ -477,7 +437,7 @@ def sample(
             break
         # a sequence that has ended runs along with the others; `finished_record` drops what it writes from here on
         position_B1 = (P + cache.tokens - pad_B)[:, None]
-        hidden_BC = model.extend(tokens[-1][:, None], position_B1, cache.decode)[:, 0]
+        hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
         cache.token_done()
     B, R, c = len(length_B), len(tokens), model.config
     bytes_of_entry = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
@@ -522,14 +482,19 @@ def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: s
         seen_BGT = evicted_at_LBGT[l][..., : P + R - 1]
         return shadow_attention(q, k, v, seen_BGT, q_start=P, backend=backend, shared=prompt_keys[l])
 
-    hidden_NPC = model.extend(rollout.prompt_NP, rope_positions(rollout.pad_N, P), attend_in_prompts)
+    # all tokens at once, because the gradient of a lookup is as large as the table
+    tokens = rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()
+    of_prompts_XC, of_responses_XC = model.embed_tokens(torch.cat(tokens)).split(list(map(len, tokens)))
+    prompt_NPC = of_prompts_XC.unflatten(0, rollout.prompt_NP.shape)
+    response_BRC = of_responses_XC.reshape(-1, R - 1, prompt_NPC.shape[-1])
+    hidden_NPC = model.extend(prompt_NPC, rope_positions(rollout.pad_N, P), attend_in_prompts)
     first_B1C = hidden_NPC[:, -1:].repeat_interleave(S, dim=0)
     position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(S, dim=0)
     found = []
     for evicted_at_LBGT in records_LBGT:
         # the last token is only ever predicted, by the token before it
         attend = partial(attend_behind_prompts, evicted_at_LBGT)
-        later_BRC = model.extend(rollout.response_BR[:, :-1], position_BR, attend)
+        later_BRC = model.extend(response_BRC, position_BR, attend)
         found.append(torch.cat((first_B1C, later_BRC), dim=1)[rollout.mask_BR])
     return found
 
@@ -550,10 +515,15 @@ def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -
     """
 
     def part(token_x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-        return f(token_x, *map(model.log_probs, hidden))
+        # in one product, because its gradient is as large as the table of tokens
+        return f(token_x, *model.log_probs(torch.stack(hidden)))
 
     rows = rollout.response_BR[rollout.mask_BR], *hidden
-    parts = zip(*(x.split(max(1, LOGITS // model.config.vocab)) for x in rows), strict=True)
+    count = math.ceil(len(rows[0]) * model.config.vocab / LOGITS)
+    if count == 1:
+        return list(part(*rows))
+    # of equal size: a library may sum the rows of a small one in another order
+    parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
     found = [checkpoint(part, *some, use_reentrant=False) for some in parts]
     return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
@@ -646,7 +616,7 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
     drawn_X = rollout.logp_BR[rollout.mask_BR]
     log_ratio_X = dense_X.double() - drawn_X
     log_ratio_B = spread(log_ratio_X, rollout.mask_BR).sum(dim=1)
-    found = dict(replay_error=(shadow_X - drawn_X).abs().max().item())
+    found = dict(replay_error=(shadow_X - drawn_X).abs().max().item(), dense_error=log_ratio_X.abs().max().item())
     found |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
     for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
         found[f"ess_{name}"] = effective_share(log_weight_n)
@@ -666,6 +636,12 @@ class Batch:
     value_BR: Tensor | None
     return_BR: Tensor | None
     ref_logp_BR: Tensor | None
+
+    @property
+    def counts(self) -> Counts:
+        reward_NS = self.reward_B.view(len(self.rollout.prompt_NP), -1)
+        pairs = (reward_NS.amax(dim=1) > reward_NS.amin(dim=1)).sum().item()
+        return Counts(len(self.reward_B), self.rollout.mask_BR.sum().item(), pairs)
 
     def of_prompts(self, n: Tensor) -> "Batch":
         """The part of these prompts and of all their samples."""
@@ -710,13 +686,19 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
 
 
 CHOICES = dict(method=METHODS, eviction=EVICTIONS, objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS)
-CHOICES |= dict(protect=("prompt",), device=("cpu", "cuda"), backend=kernel.BACKENDS)
+CHOICES |= dict(protect=("prompt",), device=("cpu", "cuda"), backend=kernel.BACKENDS, reward=tasks.REWARDS)
+CHOICES |= dict(dtype=("float32", "bfloat16"))
 
 
-def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dict]:
-    """The loss of s.method and s.objective on a batch, and figures for the log."""
+def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Batch | None = None) -> tuple[Tensor, dict]:
+    """The loss of s.method and s.objective on a batch, and figures for the log.
+
+    whole: the batch of which this is a part. Then each mean of the loss counts by the part's share of what it is taken
+    over, so that the losses of all parts add up to that of the whole.
+    """
     method, rollout, model = METHODS[s.method], batch.rollout, policy.model
     mask_BR = rollout.mask_BR
+    share = batch.counts.over((whole or batch).counts)
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
     track_2 = method.replays and s.lam > 0
     records = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
@@ -734,19 +716,22 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings) -> tuple[Tensor, dic
     logp_BR = spread(logp_X, mask_BR)
     if s.objective == "dpo":
         reward_NS = batch.reward_B.view(len(rollout.prompt_NP), -1)
-        loss = dpo_loss(logp_BR.sum(dim=1), batch.ref_logp_BR.sum(dim=1), reward_NS, DPO_BETA)
+        loss = share.pairs * dpo_loss(logp_BR.sum(dim=1), batch.ref_logp_BR.sum(dim=1), reward_NS, DPO_BETA)
         clip_fraction = 0.0
     else:
         surrogate = logp_BR, batch.old_logp_BR, batch.advantage_BR, batch.weight_BR, mask_BR
         loss, clip_fraction = policy_loss(*surrogate, CLIP, s.max_new)
+        loss = share.sequences * loss
     if policy.critic is not None:
         value_BR = spread(policy.value(hidden[0]), mask_BR)
-        loss = loss + VALUE_COEF * value_loss(value_BR, batch.value_BR, batch.return_BR, mask_BR, CLIP)
+        of_values = value_loss(value_BR, batch.value_BR, batch.return_BR, mask_BR, CLIP)
+        loss = loss + share.tokens * VALUE_COEF * of_values
     if track_2:
-        loss = loss + s.lam * kl_X.mean()
+        loss = loss + share.tokens * s.lam * kl_X.mean()
     if s.kl_ref:
-        loss = loss + s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
-    row = dict(loss=loss.item(), entropy=entropy_X.mean().item(), clip_fraction=clip_fraction)
+        loss = loss + share.tokens * s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
+    entropy = share.tokens * entropy_X.mean().item()
+    row = dict(loss=loss.item(), entropy=entropy, clip_fraction=share.tokens * clip_fraction)
     if method.replays or not method.evicts:
         row["replay_error"] = (logp_BR - rollout.logp_BR).abs().max().item()
     return loss, row
@@ -760,18 +745,28 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
     for _ in range(s.epochs):
         shuffled_N = torch.randperm(N, generator=generator) if s.minibatches > 1 else torch.arange(N)
         for n in shuffled_N.to(batch.reward_B.device).tensor_split(s.minibatches):
-            part = batch.of_prompts(n)
-            loss, row = learner_loss(policy, part, s)
-            optimizer.zero_grad()
-            loss.backward()
+            row = gradient(policy, batch.of_prompts(n), s)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
+            if not (math.isfinite(row["loss"]) and norm.isfinite()):
+                raise FloatingPointError(f"the loss is {row['loss']}, the norm of its gradient {norm.item()}")
             optimizer.step()
+            optimizer.zero_grad()  # here, because memory is short when the next rollout is drawn and scored
             torch.clear_autocast_cache()  # it would go on with the old weights
             rows.append(row | {"grad_norm": norm.item()})
     # loss, entropy and replay error are those before the first update, of its part; the other two are means
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
+
+
+def gradient(policy: Policy, batch: Batch, s: Settings) -> dict:
+    """Add up the gradient of the loss, s.accumulate parts of the prompts one after the other; figures for the log."""
+    rows = []
+    for n in torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.accumulate):
+        with device.precision(s):
+            loss, row = learner_loss(policy, batch.of_prompts(n), s, batch)
+        loss.backward()
+        rows.append(row)
+    join = dict(replay_error=max)
+    return {name: join.get(name, sum)(row[name] for row in rows) for name in rows[0]}
 
 
 def agent_for(s: Settings) -> Agent:
@@ -786,14 +781,17 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     examples, generator = agent.draw(step)
     rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, generator)
     rewards = tasks.score(reward, examples, texts)
-    row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(texts, examples))
+    row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(agent.task, texts, examples))
     watch.lap("sample")
     due = (step - 1) % DIAGNOSE_EVERY == 0
-    diagnosis = diagnose(policy.model, rollout, s.backend) if due else {}
+    with device.precision(s):
+        diagnosis = diagnose(policy.model, rollout, s.backend) if due else {}
     watch.lap("diag")
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
     reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-    learned = update(policy, optimizer, prepare(policy, rollout, reward_B, s), s, step)
+    with device.precision(s):
+        batch = prepare(policy, rollout, reward_B, s)
+    learned = update(policy, optimizer, batch, s, step)
     agent.check_finite()
     watch.lap("learn")
     return row | dict(replay_error=None) | learned | diagnosis | report.of_rollout(rollout) | watch.seconds
@@ -815,7 +813,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     with run:
         if not run.resume(policy, optimizer):
-            base.load_base(agent.model, agent.task, agent.encoding, s.warmup_steps, s.backend)
+            base.load_base(agent, run.fingerprint)
             if policy.reference is not None:
                 policy.reference.load_state_dict(agent.model.state_dict())
             run.start(agent.evaluate(), policy, optimizer)
@@ -827,7 +825,10 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                         row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
                     run.log(row, policy, optimizer)
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
-        return run.finish(run.evaluated() or agent.evaluate(), agent.task.held_out(1)[0].prompt)
+        after = run.evaluated() or agent.evaluate()
+        if agent.source is not None:
+            pretrained.write_folder(agent.model, agent.source, run.out / runs.MODEL)
+        return run.finish(after, agent.task.held_out(1)[0].prompt)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -837,7 +838,9 @@ def main(argv: list[str] | None = None) -> int:
             train(settings)
         else:
             agent = agent_for(checked(settings))
-            runs.restore_run(settings.out, Policy(agent.model, agent.s))
+            if settings.resume:
+                runs.Run(agent.s)  # which looks whether the model is still the same
+                runs.restore_run(settings.out, Policy(agent.model, agent.s))
             print(agent.answer(settings.prompt))
 
     return cli.run_command(run, "smd.py", "--resume --out FOLDER goes on from the last checkpoint")

@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama/Qwen family, small enough to read in one sitting.
 
 Pre-norm blocks, x += Attention(RMSNorm(x)) and x += SwiGLU(RMSNorm(x)), rotary positions in the half-rotation
-convention, grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (with `qkv_bias`,
-`Qwen2Model`), so that checkpoints of that family load by name.
+convention, grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (also `Qwen2Model` and
+`Qwen3Model`), so that checkpoints of these families load by name.
 
 What a query may see is not this file's business. A layer hands q, k and v to `attend`, which returns the attention
 output: the full pass attends to its own keys, the sampler to a small cache, the learner to prompts it computed once.
@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernel import NEVER, shadow_attention
 
@@ -35,12 +36,14 @@ class ModelConfig:
     ffn: int = 352
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = False  # Qwen2 has it, Llama has not
+    qkv_bias: bool = False  # Qwen2 has it
+    qk_norm: bool = False  # RMSNorm of each head's query and key: Qwen3 has it
     tied: bool = True  # the output head shares the embedding's weights
+    size_of_head: int | None = None  # None: width / heads
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.size_of_head or self.width // self.heads
 
 
 def swiglu_width(width: int) -> int:
@@ -87,14 +90,14 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, pad_B: Tens
         at_BT = (torch.arange(x_BHTD.shape[2], device=by_B.device) + by_B[:, None]) % x_BHTD.shape[2]
         return x_BHTD.gather(2, at_BT[:, None, :, None].expand_as(x_BHTD))
 
-    # a key for each query head: not all of the fast kernels know groups
-    M = q_BHTD.shape[1] // k_BGTD.shape[1]
-    q, k, v = q_BHTD, *(x[:, :, None].expand(-1, -1, M, -1, -1).flatten(1, 2) for x in (k_BGTD, v_BGTD))
+    q, k, v = q_BHTD, k_BGTD, v_BGTD
+    attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    if q.device.type != "cpu":  # a key for each query head: not all of the fast kernels know groups
+        k, v = (x.repeat_interleave(q.shape[1] // k_BGTD.shape[1], dim=1) for x in (k, v))
     if not pad_B.any():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attention(q, k, v)
     # padding is turned round to the end, where no causal row looks: a mask would be T×T and keep off the fast kernels
-    q, k, v = (turn(x, pad_B) for x in (q, k, v))
-    return turn(F.scaled_dot_product_attention(q, k, v, is_causal=True), -pad_B)
+    return turn(attention(*(turn(x, pad_B) for x in (q, k, v))), -pad_B)
 
 
 class Attention(nn.Module):
@@ -105,10 +108,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         projected = (proj(x_BTC) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         # keys are stored rotated by their true position, so evicting a neighbour never moves them. Under autocast
         # rotation is in float32, and what it is applied to is not
         out_BHTD = attend(rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype), v)
@@ -123,7 +130,14 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        def down(gate: Tensor, up: Tensor) -> Tensor:
+            return self.down_proj(F.silu(gate) * up)
+
+        gate, up = self.gate_proj(x_BTC), self.up_proj(x_BTC)
+        if not torch.is_grad_enabled():
+            return down(gate, up)
+        # the backward pass makes again what is made of these two: half of what a layer would keep for it
+        return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -151,8 +165,7 @@ class TinyModel(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        # unit variance in, unit variance out; what writes into the residual stream is scaled by the 2L that do.
-        # GPT-2's flat 0.02 suits a width of 768: at 128 retrieval is learned far later with it
+        # unit variance in and out, scaled where 2L write into the residual stream; GPT-2's flat 0.02 suits its width
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -163,9 +176,8 @@ class TinyModel(nn.Module):
                     std *= (2 * config.layers) ** -0.5
                 nn.init.normal_(p, std=std, generator=generator)
 
-    def extend(self, tokens_BT: Tensor, position_BT: Tensor, attend: Attend) -> Tensor:
-        """Pass new tokens through all layers, against whatever keys and values `attend` supplies: hidden (B, T, C)."""
-        x_BTC = self.embed_tokens(tokens_BT)
+    def extend(self, x_BTC: Tensor, position_BT: Tensor, attend: Attend) -> Tensor:
+        """Pass new embedded tokens through all layers, against what `attend` supplies: hidden states (B, T, C)."""
         rope = rope_tables(position_BT, self.config.head_dim, self.config.rope_theta, x_BTC.dtype)
         for l, layer in enumerate(self.layers):
             x_BTC = layer(x_BTC, rope, partial(attend, l))
@@ -177,7 +189,7 @@ class TinyModel(nn.Module):
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return shadow_attention(q, k, v, evicted_at_LBGT[l], backend=backend)
 
-        return self.extend(tokens_BT, rope_positions(pad_B, tokens_BT.shape[1]), attend)
+        return self.extend(self.embed_tokens(tokens_BT), rope_positions(pad_B, tokens_BT.shape[1]), attend)
 
     def logits(self, hidden_XC: Tensor) -> Tensor:
         return self.lm_head(hidden_XC)

@@ -54,13 +54,13 @@ def begin_worker(threads: int) -> None:
 
 def base_path(given: dict) -> Path:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
-    return base.base_path(agent.model, agent.task, agent.encoding, agent.s.warmup_steps, agent.s.backend)
+    return base.base_path(agent, runs.Run(agent.s).fingerprint)
 
 
 def make_base(given: dict) -> None:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base.load_base(agent.model, agent.task, agent.encoding, agent.s.warmup_steps, agent.s.backend)
+        base.load_base(agent, runs.Run(agent.s).fingerprint)
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:

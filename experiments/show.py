@@ -15,7 +15,6 @@ import torch
 import smd
 from experiments.common import command, save
 from harness import runs
-from harness.agent import CONTEXT
 from harness.streams import EVALUATION, torch_stream
 from harness.tasks import Example
 from harness.text import check_prompt
@@ -45,10 +44,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of a run")
     parser.add_argument("--prompt")
     given = parser.parse_args()
-    agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
+    kept = runs.read_config(given.out, smd.Settings)
+    del kept["fingerprint"]
+    agent = smd.agent_for(smd.checked(smd.Settings(**kept)))
     runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
-    check_prompt(agent.encoding, example.prompt, agent.s.max_new, CONTEXT, "--prompt: ")
+    check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")
     generator = torch_stream(agent.s.device, agent.s.seed, EVALUATION, 2)
     rollout, (response,) = agent.respond([example], 1, True, generator)
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")

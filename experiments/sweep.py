@@ -31,7 +31,7 @@ SWEEPS = {
         [(f"{k}", m, dict(hops=k, method=m)) for k in (3, 6, 9, 12) for m in (*BOTH, "seq_is")],
     ),
 }
-DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=smd.Settings.hops, method="smd")
+DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose
 RATES = dict(smd=4e-4, naive=2e-4, seq_is=1e-4)
 

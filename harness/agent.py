@@ -4,15 +4,18 @@ from collections.abc import Callable
 
 import torch
 
-from harness import streams, tasks
+from harness import device, pretrained, streams, tasks
 from harness.base import SEED
+from harness.cli import require
 from harness.report import Progress
 from harness.tasks import TASKS, Example
-from harness.text import check_examples, check_prompt, decode, load_encoding, tokenize
+from harness.text import Form, check_examples, check_prompt, decode, load_encoding, tokenize
 from tiny_model import ModelConfig, TinyModel, never_evicted, swiglu_width
 
 EVALUATION_BATCH = 64  # held-out prompts at a time
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
+ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
+FINITE = 16  # tokens of the prompt with which the policy is tried after an update
 
 
 class Agent:
@@ -23,31 +26,53 @@ class Agent:
         self.s = s = settings
         self.sample = sample
         self.eviction = eviction
-        self.encoding = load_encoding(s.encoding)
+        self.source = None if s.model is None else pretrained.open_model(s.model)
+        if self.source is None:
+            encoding = load_encoding(s.encoding)
+            unit = 2 * ModelConfig.heads
+            require(s.width % unit == 0, f"--width must be a multiple of {unit}, got {s.width}")
+            self.config = ModelConfig(encoding.n_vocab, s.width, ffn=swiglu_width(s.width))
+            self.form = Form(encoding)
+            self.context = CONTEXT
+        else:
+            with pretrained.naming(s.model):
+                self.config = self.source.model_config()
+                self.form = self.source.form(s.template)
+            self.context = self.source.config["max_position_embeddings"]
+        device.check(s.device, s.backend, self.config.head_dim)
+        self.encoding = self.form.encoding
         self.task = TASKS[s.task](s)
-        self.eviction.keep(check_examples(self.encoding, self.task.examples, s.max_new, CONTEXT, s.data))
-        self.config = ModelConfig(self.encoding.n_vocab, s.width, ffn=swiglu_width(s.width))
-        self.model = TinyModel(self.config, seed=SEED).to(s.device)
+        self.eviction.keep(check_examples(self.form, self.task.examples, s.max_new, self.context, s.data))
+        self.model = TinyModel(self.config, seed=SEED)
+        if self.source is not None:
+            with pretrained.naming(s.model):
+                self.source.load(self.model)
+        self.model.to(s.device)
 
     def draw(self, step: int) -> tuple[list[Example], torch.Generator]:
         """The prompts of a training step, and the generator of its samples."""
         examples = self.task.draw(self.s.prompts, streams.numpy_stream(self.s.seed, streams.PROMPTS, step))
         return examples, streams.torch_stream(self.s.device, self.s.seed, streams.SAMPLING, step)
 
-    def respond(self, examples: list[Example], samples: int, evict: bool, generator: torch.Generator):
+    def respond(
+        self, examples: list[Example], samples: int, evict: bool, generator: torch.Generator, max_new: int | None = None
+    ):
         """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
-        prompts = tokenize(self.encoding, [e.prompt for e in examples], self.s.device)
-        limits = samples, self.s.max_new, self.encoding.eot_token
+        prompts = tokenize(self.form, examples, self.s.device)
+        limits = samples, max_new or self.s.max_new, self.encoding.eot_token
         eviction = self.eviction if evict else None
-        rollout = self.sample(self.model, *prompts, *limits, eviction, generator)
+        with device.precision(self.s):
+            rollout = self.sample(self.model, *prompts, *limits, eviction, generator)
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
 
     @torch.no_grad()
     def check_finite(self) -> None:
-        """FloatingPointError where the weights, or what they make of a prompt, are not finite."""
-        tokens_NP, pad_N = tokenize(self.encoding, [self.task.examples[0].prompt], self.s.device)
+        """FloatingPointError where the weights, or what they make of the end of a prompt, are not finite."""
+        tokens_NP = tokenize(self.form, self.task.examples[:1], self.s.device)[0][:, -FINITE:]
+        pad_N = tokens_NP.new_zeros(1)
         record_L1GP = never_evicted(pad_N, tokens_NP.shape[1]).repeat(self.config.layers, 1, self.config.kv_heads, 1)
-        logits_V = self.model.logits(self.model(tokens_NP, pad_N, record_L1GP)[0, -1])
+        with device.precision(self.s):
+            logits_V = self.model.logits(self.model(tokens_NP, pad_N, record_L1GP)[0, -1])
         if not all(x.isfinite().all() for x in (logits_V, *self.model.parameters())):
             raise FloatingPointError("the updated policy is not finite")
 
@@ -63,15 +88,18 @@ class Agent:
                 for batch in batches:
                     texts += self.respond(batch, 1, evict, generator)[1]
                     progress.step()
-                found[cache] = tasks.accuracy(texts, held_out)
+                found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
 
     def answer(self, prompt: str) -> str:
         """One sample with either cache, a line each; UsageError for a prompt that is empty or too long."""
-        check_prompt(self.encoding, prompt, self.s.max_new, CONTEXT, "--prompt: ")
+        # in a chat the answer is not begun for the model, as a task may do, and it is longer
+        max_new = self.s.max_new if self.source is None else max(ANSWER, self.s.max_new)
+        example = Example(prompt, "")
+        check_prompt(self.form, example, max_new, self.context, "--prompt: ")
         lines = []
         for name, evict in (("sparse cache", True), ("full cache", False)):
             generator = streams.torch_stream(self.s.device, self.s.seed, streams.EVALUATION, 2)
-            _, (response,) = self.respond([Example(prompt, "")], 1, evict, generator)
+            _, (response,) = self.respond([example], 1, evict, generator, max_new)
             lines.append(f"{name + ':':14}{response}")
         return "\n".join(lines)

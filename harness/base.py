@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import tiktoken
 import torch
 from torch import Tensor
 
@@ -21,8 +20,8 @@ import tiny_model
 from harness import runs, streams, tasks, text
 from harness.report import Progress
 from harness.streams import WARMUP, numpy_stream, torch_stream
-from harness.tasks import Example, Task
-from harness.text import tokenize
+from harness.tasks import Example
+from harness.text import Form, tokenize
 from tiny_model import TinyModel, never_evicted
 
 CACHE = Path("out/cache")
@@ -30,21 +29,21 @@ SEED = 0  # of the weights and of the demonstrations
 DROP = 0.3
 LEARNED = 0.5
 LEARNING_RATE = 3e-3
+RISING = 50  # steps over which the rate rises
+PRETRAINED_RATE = 2e-5  # of a pretrained model, all of it by AdamW
+PRETRAINED_RISING = 5
 
 
 def answer_logp(
-    model: TinyModel,
-    encoding: tiktoken.Encoding,
-    examples: list[Example],
-    generator: torch.Generator,
-    backend: str | None,
+    model: TinyModel, form: Form, examples: list[Example], generator: torch.Generator, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the right answers, end of text included, zero past their ends (B, R); and how many tokens (B,).
 
     Each layer and kv head loses a random share DROP of the prompt's keys when the prompt ends.
     """
     device = model.embed_tokens.weight.device
-    prompt_BP, pad_B = tokenize(encoding, [e.prompt for e in examples], device)
+    encoding = form.encoding
+    prompt_BP, pad_B = tokenize(form, examples, device)
     answers = [[*encoding.encode_ordinary(e.answer), encoding.eot_token] for e in examples]
     length_B = torch.tensor([len(answer) for answer in answers], device=device)
     R, P = max(map(len, answers)), prompt_BP.shape[1]
@@ -62,18 +61,23 @@ def answer_logp(
 
 
 class WarmUp:
-    """The supervised steps of a model on a task."""
+    """The supervised steps of an agent's model on its task."""
 
-    def __init__(self, model: TinyModel, task: Task, encoding: tiktoken.Encoding, backend: str | None):
-        self.model, self.task, self.encoding, self.backend = model, task, encoding, backend
-        weights = dict(model.named_parameters())
-        # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
-        names = [name for name in weights if name.startswith("layers") and weights[name].ndim == 2]
-        matrices = [weights.pop(name) for name in names]
-        self.optimizers = (
-            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    def __init__(self, agent):
+        self.model, self.task, self.form, self.backend = agent.model, agent.task, agent.form, agent.s.backend
+        weights = dict(agent.model.named_parameters())
+        self.rate, self.rising = (
+            (LEARNING_RATE, RISING) if agent.source is None else (PRETRAINED_RATE, PRETRAINED_RISING)
         )
+        self.optimizers = []
+        if agent.source is None:
+            # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
+            names = [name for name in weights if name.startswith("layers") and weights[name].ndim == 2]
+            matrices = [weights.pop(name) for name in names]
+            options = dict(lr=self.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(torch.optim.Muon(matrices, **options))
+        adamw = torch.optim.AdamW(weights.values(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizers.append(adamw)
         self.taken = 0
 
     def loss(self, lesson: int | None, step: int) -> tuple[Tensor, float]:
@@ -81,7 +85,7 @@ class WarmUp:
         key = (SEED, WARMUP, lesson or 0, step)
         examples = self.task.demonstrate(self.task.batch, numpy_stream(*key), lesson)
         generator = torch_stream(self.model.embed_tokens.weight.device.type, *key)
-        logp_BR, length_B = answer_logp(self.model, self.encoding, examples, generator, self.backend)
+        logp_BR, length_B = answer_logp(self.model, self.form, examples, generator, self.backend)
         right = logp_BR.detach().sum(dim=1).exp().mean().item()
         return -logp_BR.sum() / length_B.sum(), right
 
@@ -93,8 +97,8 @@ class WarmUp:
             raise FloatingPointError(f"the warm-up's loss is {loss.item()}, the norm of its gradient {norm.item()}")
         self.taken += 1
         for optimizer in self.optimizers:
-            # the rate rises over the first 50 steps, counted over all lessons
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, self.taken / 50, down)
+            # the rate rises over the first steps, counted over all lessons
+            optimizer.param_groups[0]["lr"] = self.rate * min(1.0, self.taken / self.rising, down)
             optimizer.step()
         torch.clear_autocast_cache()  # it would go on with the old weights
 
@@ -123,27 +127,33 @@ def meaning(source: Path) -> str:
     return ast.dump(tree)
 
 
-def base_path(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int, backend: str | None) -> Path:
+def base_path(agent, fingerprint: str | None) -> Path:
     """Where the base policy is kept, named by all that determines it: model, task, steps, code and arithmetic.
 
     The number of threads is not part of it: after 25 steps with one and with two, the weights were equal to the bit.
     """
-    device = model.embed_tokens.weight.device
-    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type, backend]
+    device = agent.model.embed_tokens.weight.device
+    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type, agent.s.backend]
     if device.type == "cuda":
         arithmetic.append(torch.cuda.get_device_name(device))
     modules = (kernel, tiny_model, streams, tasks, text, sys.modules[__name__])
-    files = {Path(module.__file__) for module in modules} | {Path(inspect.getsourcefile(type(task)))}
+    files = {Path(module.__file__) for module in modules} | {Path(inspect.getsourcefile(type(agent.task)))}
     code = [meaning(file) for file in sorted(files)]
-    key = [model.config, type(task).__name__, vars(task), encoding.name, steps, arithmetic, code]
+    form = [agent.encoding.name, agent.form.template]
+    task = [type(agent.task).__name__, vars(agent.task), agent.s.warmup_steps]
+    key = [agent.config, fingerprint, form, task, arithmetic, code]
     return CACHE / f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
 
 
-def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: int, backend: str | None) -> None:
-    """Give the model the weights that RL starts from: kept from an earlier run, or made here and kept."""
-    path = base_path(model, task, encoding, steps, backend)
+def load_base(agent, fingerprint: str | None) -> None:
+    """Give an agent's model the weights that RL starts from: kept from an earlier run, or made here and kept."""
+    steps = agent.s.warmup_steps
+    if agent.source is not None and steps == 0:
+        print(f"base policy: {agent.s.model}", flush=True)
+        return
+    path = base_path(agent, fingerprint)
     if path.exists():
-        runs.restore(path, model, advice="delete it, and it is made anew")
+        runs.restore(path, agent.model, advice="delete it, and it is made anew")
         print(f"base policy: read from {path}", flush=True)
         return
     print(
@@ -151,9 +161,10 @@ def load_base(model: TinyModel, task: Task, encoding: tiktoken.Encoding, steps: 
         flush=True,
     )
     began = time.perf_counter()
-    warm_up = WarmUp(model, task, encoding, backend)
-    for lesson in task.lessons:
+    warm_up = WarmUp(agent)
+    for lesson in agent.task.lessons:
         warm_up.lesson(lesson, steps)
     warm_up.lesson(None, steps)
-    runs.save(path, dict(weights=model.state_dict()))
+    agent.model.zero_grad()
+    runs.save(path, dict(weights=agent.model.state_dict()))
     print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)

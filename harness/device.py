@@ -1,11 +1,18 @@
 """Where a run computes: the device and the attention backend, checked before anything is computed; and its clock."""
 
+import contextlib
+import sys
 import time
 
 import torch
 
 import kernel
 from harness.cli import UsageError, require
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 def default() -> str:
@@ -21,7 +28,24 @@ def check(device: str, backend: str | None, head_dim: int) -> None:
     except ValueError as e:
         raise UsageError(f"--{e}") from e
     fits = chosen != "triton" or head_dim <= 128
-    require(fits, f"--backend triton takes head dims up to 128, got width / heads = {head_dim}")
+    require(fits, f"--backend triton takes head dims up to 128, got {head_dim}")
+
+
+def precision(settings) -> contextlib.AbstractContextManager:
+    """A context in which the model computes in the settings' dtype, from weights in float32."""
+    if settings.dtype == "bfloat16":
+        return torch.autocast(settings.device, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def peak_memory(device: str) -> int | None:
+    """Most bytes that this process has held: of the CUDA device's memory, or of the machine's; None on Windows."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def clock(device: str) -> float:

@@ -4,12 +4,17 @@ But for `Policy`, plain tensors. B sequences of R response columns, N prompts wi
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_model import TinyModel, wide
+
+GAE_LAMBDA = 0.95  # as in PPO's paper
+VALUE_COEF = 0.5  # of the critic's loss, likewise
+DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
 
 
 class Policy(nn.Module):
@@ -29,6 +34,17 @@ class Policy(nn.Module):
     def value(self, hidden_XC: Tensor) -> Tensor:
         """What the critic expects as the reward (X,)."""
         return self.critic(hidden_XC)[:, 0].to(wide(hidden_XC.dtype))
+
+
+class Counts(NamedTuple):
+    """What the means of a loss are taken over."""
+
+    sequences: float
+    tokens: float
+    pairs: float  # prompts whose samples have different rewards, which DPO compares
+
+    def over(self, whole: "Counts") -> "Counts":
+        return Counts(*(n / max(1, of) for n, of in zip(self, whole, strict=True)))
 
 
 def same_shape(**tensors: Tensor) -> None:

@@ -85,6 +85,8 @@ def table(summary: dict) -> str:
         lines.append(f"  {cache:6} cache {before:13.1%} {after:8.1%}")
     if summary["replay_error"] is not None:
         lines.append(f"largest replay error, |log π_shadow - log π_sparse|: {summary['replay_error']:.1e}")
+    if summary["dense_error"] is not None:
+        lines.append(f"a dense learner would be off by |log π_dense - log π_sparse|: {summary['dense_error']:.1e}")
     if summary["visible_share"] is not None:
         lines.append(f"a response token saw {summary['visible_share']:.0%} of the tokens before it, on average")
     return "\n".join(lines)

@@ -2,19 +2,22 @@
 
 config.json      the settings that may not change        checkpoint.pt   weights, optimizer, step
 metrics.jsonl    one line a step                         summary.json, curves.png   at the end
+model/           at the end, with --model: the policy in Hugging Face's layout
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
 import os
 import shlex
+import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import kernel
-from harness import cli, report
+from harness import cli, device, pretrained, report
 from harness.cli import UsageError, fixed_names, flag, require
 
 try:
@@ -32,16 +35,23 @@ except ImportError:  # on Windows, where two runs in one --out are therefore not
 
 SAVE_EVERY = 20  # steps, which a run that is killed loses at most
 FILES = ("config.json", "checkpoint.pt", "metrics.jsonl", "summary.json", "curves.png")
+MODEL = "model"
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file such that, whenever the process dies, the old one or the new one is there whole."""
+def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
+    """Write a file such that, whenever the process dies, the old one or the new one is there whole.
+
+    content: a text, or a function that writes into an open file.
+    """
     # a name of its own: another process may write the same file
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, str):
+                f.write(content.encode())
+            else:
+                content(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -57,9 +67,7 @@ def save(path: Path, state: dict) -> None:
     tensors = [value for value in tree_leaves(state) if isinstance(value, Tensor)]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise FloatingPointError("the weights, or the optimizer's moments, are not finite")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    write(path, partial(torch.save, state))
 
 
 def restore(
@@ -88,7 +96,7 @@ def read_config(out: Path, settings: type) -> dict:
     """The settings of the run in a folder: those that may not change, and its steps."""
     try:
         config = json.loads((out / "config.json").read_text())
-        return {name: config[name] for name in (*fixed_names(settings), "steps")}
+        return {name: config[name] for name in (*fixed_names(settings), "steps", "fingerprint")}
     except OSError as e:
         raise UsageError(f"{out} holds no run to resume ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -119,9 +127,12 @@ def restore_run(out: str, policy: nn.Module) -> None:
 def parse(settings: type, choices: dict, about: str, argv: list[str] | None):
     """Settings from a command line. With --resume, what is not given comes from the run's config.json."""
     given = cli.parse(settings, choices, about, argv)
-    require("prompt" not in given or "resume" in given, "--prompt needs --resume and --out, the run that is to answer")
+    asked = "prompt" in given
+    answers = "resume" in given or "model" in given
+    require(not asked or answers, "--prompt needs --resume and --out, the run that is to answer, or a --model")
     require("resume" not in given or "out" in given, "--resume needs --out, the folder of the run to continue")
     kept = read_config(Path(given["out"]), settings) if "resume" in given else {}
+    kept.pop("fingerprint", None)
     return settings(**kept | given)
 
 
@@ -132,9 +143,10 @@ class Run:
     """
 
     def __init__(self, settings):
-        """UsageError where --out holds another run. Writes nothing."""
+        """UsageError where --out holds another run, or one of a model that has changed since. Writes nothing."""
         self.began = time.perf_counter()
         self.settings = settings
+        self.fingerprint = None if settings.model is None else pretrained.fingerprint(settings.model)
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
@@ -185,7 +197,10 @@ class Run:
         if s.overwrite or not (out / "config.json").exists():
             return
         require(s.resume, f"--out {out} holds a run; add --resume to continue it or --overwrite to replace it")
-        for name, old in read_config(out, type(s)).items():
+        kept = read_config(out, type(s))
+        same = kept.pop("fingerprint") == self.fingerprint
+        require(same, f"--out {out} holds a run whose --model {s.model} has changed since; use another --out")
+        for name, old in kept.items():
             now = getattr(s, name)
             if name != "steps" and old != now:
                 raise UsageError(f"--out {out} holds a run with {flag(name)} {old}, not {now}; use another --out")
@@ -216,11 +231,13 @@ class Run:
         if self.settings.overwrite:
             for name in FILES[1:]:
                 self.delete(self.out / name)
+            shutil.rmtree(self.out / MODEL, ignore_errors=True)
         for name in FILES:
             for half_written in self.out.glob(f"{name}.*.tmp"):
                 self.delete(half_written)
         names = sorted(fixed_names(self.settings))
         config = {name: getattr(self.settings, name) for name in names} | {"steps": self.settings.steps}
+        config["fingerprint"] = self.fingerprint
         write(self.out / "config.json", json.dumps(config, indent=1) + "\n")
 
     @staticmethod
@@ -281,18 +298,25 @@ class Run:
         state = dict(step=len(self.rows), before=self.before, seconds=self.seconds())
         save(self.checkpoint_path, state | dict(weights=policy.state_dict(), optimizer=optimizer.state_dict()))
 
+    def largest(self, name: str) -> float | None:
+        """Of all steps in which a figure was taken."""
+        return max((row[name] for row in self.rows if row.get(name) is not None), default=None)
+
     def finish(self, after: dict[str, float], prompt: str) -> dict:
         """Write summary.json and the picture, print the table and a prompt to try: what summary.json holds."""
-        errors = [row["replay_error"] for row in self.rows if row["replay_error"] is not None]
         summary = dict(out=str(self.out), steps=self.settings.steps, before=self.before, after=after)
         summary |= dict(
             visible_share=self.rows[-1]["visible_share"] if self.rows else None,
-            replay_error=max(errors, default=None),
+            replay_error=self.largest("replay_error"),
+            dense_error=self.largest("dense_error"),
             seconds=self.seconds(),
+            peak_memory=device.peak_memory(self.settings.device),
         )
         write(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         report.draw_curves(self.rows, summary, self.settings.method, self.out / "curves.png")
         print(report.table(summary))
+        if summary["peak_memory"] is not None:
+            print(f"this process held {summary['peak_memory'] / 1e9:.2f} GB at most")
         print(f"{summary['seconds']:.0f} s; the run is in {self.out}, its picture is {self.out / 'curves.png'}")
         print(f"try: python smd.py --resume --out {self.out} --prompt {shlex.quote(prompt)}", flush=True)
         return summary

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +17,7 @@ from harness.streams import EVALUATION, PROMPTS, numpy_stream
 class Example(NamedTuple):
     prompt: str
     answer: str
+    begun: str = ""  # how the answer begins, which the model is given
 
 
 class Task(Protocol):
@@ -26,7 +29,7 @@ class Task(Protocol):
 
     @staticmethod
     def defaults(settings) -> dict:
-        """max_new, budget, pool, warmup_steps and prompts, for where the user leaves them open."""
+        """max_new, warmup_steps, the task's own settings and, unless there is a --model, budget, pool and prompts."""
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         """Examples to train on; never one that is held out."""
@@ -37,19 +40,36 @@ class Task(Protocol):
     def held_out(self, count: int) -> list[Example]:
         """The examples of the evaluation, at most so many and always the same."""
 
+    def right(self, response: str, answer: str) -> bool:
+        """What accuracy counts."""
+
     def reward(self, prompt: str, response: str, answer: str) -> float:
         """How good a response is: 1 for a right one."""
 
 
-def is_right(response: str, answer: str) -> bool:
+def same_text(response: str, answer: str) -> bool:
     """The same text, but for the blanks around it."""
     return response.strip() == answer.strip()
 
 
-def accuracy(texts: list[str], examples: list[Example]) -> float:
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text: 1,234.5 is one."""
+    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text, re.ASCII)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+def same_number(response: str, answer: str) -> bool:
+    """The last number of either text has the same value."""
+    return last_number(response) is not None and last_number(response) == last_number(answer)
+
+
+REWARDS = {"exact": same_text, "number": same_number}
+
+
+def accuracy(task: Task, texts: list[str], examples: list[Example]) -> float:
     """Share of right responses, as many to each example, grouped by example."""
     samples = len(texts) // len(examples)
-    right = [is_right(text, examples[i // samples].answer) for i, text in enumerate(texts)]
+    right = [task.right(text, examples[i // samples].answer) for i, text in enumerate(texts)]
     return sum(right) / len(texts)
 
 
@@ -58,8 +78,8 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
     samples = len(texts) // len(examples)
     rewards = []
     for i, text in enumerate(texts):
-        prompt, answer = examples[i // samples]
-        rewards.append(float(reward(prompt, text, answer)))
+        example = examples[i // samples]
+        rewards.append(float(reward(example.prompt, text, example.answer)))
         if not math.isfinite(rewards[-1]):
             raise FloatingPointError(f"a reward is {rewards[-1]}")
     return rewards
@@ -89,12 +109,14 @@ class Chain:
 
     def __init__(self, settings):
         require(settings.data is None, f"--task chain reads no file, got --data {settings.data}")
+        require(settings.model is None, f"--task chain is written in bytes, got --model {settings.model}")
         self.hops = settings.hops
         self.examples = self.draw(1, numpy_stream(0, PROMPTS))
 
     @staticmethod
     def defaults(settings) -> dict:
-        return dict(max_new=settings.hops + 1, budget=22, pool=1, warmup_steps=400, prompts=32)
+        hops = settings.hops or 6
+        return dict(hops=hops, max_new=hops + 1, budget=22, pool=1, warmup_steps=400, prompts=32)
 
     def example(self, rng: np.random.Generator, letters: int, hops: int, slip: float) -> Example:
         """A cycle over so many of the letters, followed for so many hops."""
@@ -121,11 +143,82 @@ class Chain:
     def reward(self, prompt: str, response: str, answer: str) -> float:
         """Half for the share of right letters, half for all of them and nothing more."""
         share = sum(r == a for r, a in zip(response.strip(), answer, strict=False)) / len(answer)
-        return 0.5 * share + 0.5 * is_right(response, answer)
+        return 0.5 * share + 0.5 * self.right(response, answer)
+
+    def right(self, response: str, answer: str) -> bool:
+        return same_text(response, answer)
+
+
+class Facts:
+    """Look up the codes of some things in a list: "The code of apple is 61. … What is the code of river?".
+
+    Retrieval for a pretrained model: which of the facts will be needed is said only at the end of the prompt.
+    """
+
+    NOUNS = (
+        "apple", "river", "stone", "lemon", "tiger", "piano", "cloud", "bread",
+        "chair", "ocean", "garden", "window", "candle", "mountain", "bridge", "lantern",
+    )  # fmt: skip
+    batch = 8
+    lessons = ()
+
+    def __init__(self, settings):
+        require(settings.data is None, f"--task facts reads no file, got --data {settings.data}")
+        self.facts = settings.facts
+        self.asked = settings.asked
+        most = len(self.NOUNS)
+        require(self.facts <= most, f"--facts must be at most {most}, one for each noun, got {self.facts}")
+        require(self.asked <= self.facts, f"--asked must be at most --facts = {self.facts}, got {self.asked}")
+        self.examples = self.draw(1, numpy_stream(0, PROMPTS))
+
+    @staticmethod
+    def defaults(settings) -> dict:
+        require(settings.model is not None, "--task facts is asked in words; it needs a --model that knows them")
+        asked = settings.asked or 1
+        # a blank, two digits and the end; for each further code its digits, a blank and what separates them
+        return dict(facts=12, asked=asked, max_new=5 * asked - 1, warmup_steps=0)
+
+    def example(self, rng: np.random.Generator) -> Example:
+        nouns = [self.NOUNS[i] for i in rng.permutation(len(self.NOUNS))[: self.facts]]
+        codes = rng.integers(10, 100, self.facts).tolist()
+        asked = rng.permutation(self.facts)[: self.asked]
+        listed = " ".join(f"The code of {noun} is {code}." for noun, code in zip(nouns, codes, strict=True))
+        of = enumerated([nouns[i] for i in asked])
+        verb, code = ("is", "code") if self.asked == 1 else ("are", "codes")
+        answer = " " + enumerated([str(codes[i]) for i in asked])
+        return Example(f"{listed} What {verb} the {code} of {of}?", answer, f"The {code} of {of} {verb}")
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
+        return [self.example(rng) for _ in range(count)]
+
+    def demonstrate(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
+        return self.draw(count, rng)
+
+    def held_out(self, count: int) -> list[Example]:
+        return self.draw(count, numpy_stream(0, EVALUATION))
+
+    def numbers(self, text: str) -> list[str]:
+        return re.findall(r"[0-9]+", text)[: self.asked]
+
+    def right(self, response: str, answer: str) -> bool:
+        return self.numbers(response) == self.numbers(answer)
+
+    def reward(self, prompt: str, response: str, answer: str) -> float:
+        """Half for the share that is right, of one code for its first digit, and half for all of it."""
+        given, wanted = self.numbers(response), self.numbers(answer)
+        if self.asked == 1:
+            given, wanted = [number[0] for number in given], [number[0] for number in wanted]
+        share = sum(g == w for g, w in zip(given, wanted, strict=False)) / len(wanted)
+        return 0.5 * share + 0.5 * self.right(response, answer)
+
+
+def enumerated(words: list[str]) -> str:
+    """river, tiger and lemon"""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 class TextFile:
-    """The examples of a JSONL file, the last 10 % of them held out. Reward 1 for the right answer, else 0."""
+    """The examples of a JSONL file, the last 10 % of them held out. Reward 1 for a right answer, else 0."""
 
     lessons = ()
     batch = 8
@@ -133,7 +226,12 @@ class TextFile:
     def __init__(self, settings):
         path = settings.data
         require(path is not None, "--task text needs --data FILE.jsonl")
-        self.examples = read_jsonl(path)
+        # where there is no chat around it, a line of its own is what tells GSM8K's question from the answer
+        self.examples = read_jsonl(path, "\n" if settings.model is None else "")
+        self.right = REWARDS[settings.reward]
+        numbers = [last_number(example.answer) is not None for example in self.examples]
+        lacking = settings.reward == "number" and not all(numbers)
+        require(not lacking, f"--reward number: {path} has answers without a number")
         count = len(self.examples)
         require(count >= 2, f"{path}: want at least 2 examples, one of them to hold out, got {count}")
         held = max(1, count // 10)
@@ -142,7 +240,8 @@ class TextFile:
 
     @staticmethod
     def defaults(settings) -> dict:
-        return dict(max_new=128, budget=0.5, pool=5, warmup_steps=100, prompts=8)
+        warmup_steps = 100 if settings.model is None else 0
+        return dict(max_new=128, warmup_steps=warmup_steps, reward="exact", budget=0.5, pool=5, prompts=8)
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.train[i] for i in rng.choice(len(self.train), count, replace=count > len(self.train))]
@@ -154,25 +253,26 @@ class TextFile:
         return self.test[:count]
 
     def reward(self, prompt: str, response: str, answer: str) -> float:
-        return float(is_right(response, answer))
+        return float(self.right(response, answer))
 
 
-TASKS = {"chain": Chain, "text": TextFile}
+TASKS = {"chain": Chain, "facts": Facts, "text": TextFile}
 
 
-def read_jsonl(path: str) -> list[Example]:
+def read_jsonl(path: str, after_question: str) -> list[Example]:
     """The examples of a JSONL file; UsageError, with the line's number, where one is malformed."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as e:
         raise UsageError(f"--data {path} cannot be read: {e.strerror}") from e
-    examples = [read_example(line, f"{path}, line {n}: ") for n, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    examples = [read_example(line, f"{path}, line {n}: ", after_question) for n, line in numbered]
     if not examples:
         raise UsageError(f"--data {path} is empty; want one JSON object a line")
     return examples
 
 
-def read_example(line: bytes, where: str) -> Example:
+def read_example(line: bytes, where: str, after_question: str) -> Example:
     """An object with "prompt" and "answer", or GSM8K's "question" and "answer"; UsageError where it is neither."""
     try:
         row = json.loads(line)
@@ -188,7 +288,7 @@ def read_example(line: bytes, where: str) -> Example:
         _, mark, answer = answer.rpartition("####")
         if not mark:
             raise UsageError(f"{where}no #### before the final answer")
-        prompt += "\n"
+        prompt += after_question
         answer = answer.strip().replace(",", "")
     if not prompt.strip() or not answer.strip():
         raise UsageError(f"{where}the prompt and the answer must not be empty")

@@ -1,5 +1,8 @@
 """Text to tokens and back, and rows of tokens to one padded tensor. N prompts, P columns."""
 
+import re
+from dataclasses import dataclass
+
 import tiktoken
 import torch
 from torch import Tensor
@@ -24,9 +27,34 @@ def load_encoding(name: str) -> tiktoken.Encoding:
         raise UsageError(f"--encoding {name} could not be fetched ({type(e).__name__}); take --encoding bytes") from e
 
 
-def tokenize(encoding: tiktoken.Encoding, texts: list[str], device: str) -> tuple[Tensor, Tensor]:
-    """Prompts as `pad_left` returns them; nothing in a text is taken for a special token."""
-    return pad_left([encoding.encode_ordinary(text) for text in texts], encoding.eot_token, device)
+@dataclass(frozen=True)
+class Form:
+    """How a model is asked: tokens that begin every text, and a template with {prompt}, special tokens by name.
+
+    What stands for {prompt} is plain text, even where it looks like a special token.
+    """
+
+    encoding: tiktoken.Encoding
+    template: str = "{prompt}"
+    bos: tuple[int, ...] = ()
+
+    def tokens(self, example: Example) -> list[int]:
+        """The example as the model is given it, the beginning of its answer included."""
+        special = self.encoding.special_tokens_set
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(special)))})", self.template)
+        pieces[-1] += example.begun
+        tokens = list(self.bos)
+        for piece in pieces:
+            if piece in special:
+                tokens.append(self.encoding.encode_single_token(piece))
+            else:
+                tokens += self.encoding.encode_ordinary(piece.replace("{prompt}", example.prompt))
+        return tokens
+
+
+def tokenize(form: Form, examples: list[Example], device: str) -> tuple[Tensor, Tensor]:
+    """Prompts as `pad_left` returns them."""
+    return pad_left([form.tokens(example) for example in examples], form.encoding.eot_token, device)
 
 
 def decode(encoding: tiktoken.Encoding, tokens: list[int]) -> str:
@@ -49,10 +77,10 @@ def pad_left(rows: list[list[int]], fill: int, device: str) -> tuple[Tensor, Ten
     return tokens_NP, torch.tensor([P - len(row) for row in rows], device=device)
 
 
-def check_prompt(encoding: tiktoken.Encoding, prompt: str, max_new: int, context: int, where: str) -> int:
+def check_prompt(form: Form, example: Example, max_new: int, context: int, where: str) -> int:
     """Tokens of a prompt; UsageError where there are none, or too many for a response of max_new to follow."""
-    tokens = len(encoding.encode_ordinary(prompt))
-    require(tokens > 0, f"{where}the prompt must not be empty")
+    require(example.prompt != "", f"{where}the prompt must not be empty")
+    tokens = len(form.tokens(example))
     fits = tokens + max_new <= context
     require(
         fits, f"{where}a prompt of {tokens} tokens with --max-new {max_new} exceeds the context of {context} tokens"
@@ -60,15 +88,13 @@ def check_prompt(encoding: tiktoken.Encoding, prompt: str, max_new: int, context
     return tokens
 
 
-def check_examples(
-    encoding: tiktoken.Encoding, examples: list[Example], max_new: int, context: int, source: str | None
-) -> Tensor:
+def check_examples(form: Form, examples: list[Example], max_new: int, context: int, source: str | None) -> Tensor:
     """Tokens of each prompt (N,); UsageError, with the example's number, where a prompt or an answer does not fit."""
     lengths = []
-    for n, (prompt, answer) in enumerate(examples, start=1):
+    for n, example in enumerate(examples, start=1):
         where = "" if source is None else f"{source}, example {n}: "
-        lengths.append(check_prompt(encoding, prompt, max_new, context, where))
-        tokens = len(encoding.encode_ordinary(answer)) + 1
+        lengths.append(check_prompt(form, example, max_new, context, where))
+        tokens = len(form.encoding.encode_ordinary(example.answer)) + 1
         fits = tokens <= max_new
         require(fits, f"{where}an answer of {tokens} tokens with its end exceeds --max-new {max_new}")
     return torch.tensor(lengths)
