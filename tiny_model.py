@@ -80,8 +80,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, pad_B: Tensor) -> Tensor:
-    """Dense attention in left-padded sequences, by torch's own kernel: (B, H, T, D), in the rows of padding anything.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor) -> Tensor:
+    """Dense attention of q (B, H, T, D) to k and v (B, G, T, D), by torch's own kernel; rows of padding hold anything.
 
     Sampler and learner make this same call for the prompts, so that in the model's own type they agree to the bit.
     """
@@ -90,10 +90,9 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, pad_B: Tens
         at_BT = (torch.arange(x_BHTD.shape[2], device=by_B.device) + by_B[:, None]) % x_BHTD.shape[2]
         return x_BHTD.gather(2, at_BT[:, None, :, None].expand_as(x_BHTD))
 
-    q, k, v = q_BHTD, k_BGTD, v_BGTD
     attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     if q.device.type != "cpu":  # a key for each query head: not all of the fast kernels know groups
-        k, v = (x.repeat_interleave(q.shape[1] // k_BGTD.shape[1], dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if not pad_B.any():
         return attention(q, k, v)
     # padding is turned round to the end, where no causal row looks: a mask would be T×T and keep off the fast kernels

@@ -1,6 +1,7 @@
 """Speed of learner and sampler, and the memory of the cache, measured in one go.
 
-    python -m experiments.bench          prints its tables, and all figures once more as one line of JSON
+    python -m experiments.bench                     prints its tables, and all figures once more as one line of JSON
+    python -m experiments.bench --model smollm2     the same for a pretrained model
 
 Times are medians of runs that alternate, so that a machine that slows down slows all of them. The model has its initial
 weights: neither time nor memory depends on what it has learned.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 import smd
+from experiments import bench_model
 from experiments.common import command
 from harness.agent import Agent
 from harness.device import clock
@@ -202,7 +204,16 @@ def memory(agent: Agent) -> list[dict]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="measure a pretrained model instead: whole steps, decoding and prefill")
+    parser.add_argument("--only", choices=bench_model.CONTENDERS, help="with --model: one contender, in this process")
+    given = parser.parse_args()
+    if given.only:
+        print(json.dumps(bench_model.contend(given.model, given.only)))
+        return
+    if given.model:
+        bench_model.report(given.model)
+        return
     agent = smd.agent_for(smd.checked(smd.Settings()))
     theirs = transformers_model(agent)
     seconds = learner()
