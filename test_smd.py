@@ -44,7 +44,7 @@ import smd
 import tiny_model
 from experiments import kernels
 from experiments.enumerated import World, distance, gradient
-from harness import base, cli, device, report, runs, tasks, text
+from harness import base, cli, device, pretrained, report, runs, tasks, text, tokenizer
 from harness.agent import Agent
 from harness.memory import PeakBytes
 from harness.store import Store
@@ -1772,6 +1772,98 @@ GSM8K = HERE.parent / "shared/data/gsm8k_test.jsonl"
 def test_8_real_text_is_read(tmp_path):
     examples = tasks.read_jsonl(str(GSM8K), "")
     assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
+
+
+def model_folder(path: Path, seed: int = 0) -> str:
+    """A Llama with random weights in Hugging Face's layout: every byte a token, some merges, and ChatML."""
+    pytest.importorskip("safetensors")
+    letters = tokenizer.byte_of_letter()
+    tokens = ["<|im_end|>", "<|im_start|>", *sorted(letters, key=letters.get), "Ġt", "he", "Ġc", "ode"[:2], "de"]
+    of_tokens = tokenizer.tokenizer_json(
+        tokens, [3, 3] + [1] * 261, ["Ġ t", "h e", "Ġ c", "o d", "d e"], "smollm", None
+    )
+    config = dict(model_type="llama", vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256, rms_norm_eps=1e-5)
+    config |= dict(tie_word_embeddings=True, hidden_act="silu")
+    of_messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    template = of_messages + "{{ '<|im_start|>a\n' }}"
+    of_text = dict(eos_token="<|im_end|>", chat_template=template)
+    source = pretrained.Pretrained(Path("model.gguf"), config, of_tokens, of_text, {})
+    pretrained.write_folder(TinyModel(source.model_config(), seed), source, path)
+    return str(path)
+
+
+def small_run(folder: str, out: Path, **changes) -> Settings:
+    sizes = dict(prompts=2, samples=4, facts=3, eval_prompts=4, steps=2, device="cpu", lr=1e-3)
+    return Settings(model=folder, out=str(out), **sizes | changes)
+
+
+def test_8_a_run_leaves_a_model_that_another_goes_on_from(tmp_path, capsys):
+    """Would catch a model that is written before the last step, or under other names, or without its tokenizer."""
+    folder = model_folder(tmp_path / "first")
+    summary = smd.train(small_run(folder, tmp_path / "run"))
+    assert summary["replay_error"] < 1e-5 and summary["peak_memory"] > 1e8
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
+    first = smd.agent_for(smd.checked(small_run(folder, tmp_path / "x")))
+    agent = smd.agent_for(smd.checked(small_run(str(tmp_path / "run" / "model"), tmp_path / "x")))
+    weights = agent.model.state_dict()
+    assert all(torch.equal(weight, state["model." + name]) for name, weight in weights.items())
+    assert not torch.equal(weights["norm.weight"], first.model.norm.weight), "nothing was learned"
+    example = agent.task.held_out(1)[0]
+    assert agent.form == dataclasses.replace(first.form, encoding=agent.encoding)
+    assert agent.form.tokens(example) == first.form.tokens(example)
+    for asked in (["--resume", "--out", str(tmp_path / "run")], ["--model", folder, "--facts", "3"]):
+        capsys.readouterr()
+        assert smd.main([*asked, "--prompt", example.prompt]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("sparse cache: ") and "\nfull cache:   " in said
+    smd.train(small_run(folder, tmp_path / "run", overwrite=True, steps=0))
+    assert pretrained.fingerprint(str(tmp_path / "run" / "model")), "a run of no steps leaves its model, too"
+
+
+def test_8_a_model_that_has_changed_is_not_resumed(tmp_path, capsys):
+    folder = model_folder(tmp_path / "model")
+    smd.train(small_run(folder, tmp_path / "run"))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["fingerprint"]
+    assert kept == pretrained.fingerprint(folder)
+    model_folder(tmp_path / "model", seed=1)
+    for more in (["--steps", "3"], ["--prompt", "x"]):
+        assert smd.main(["--resume", "--out", str(tmp_path / "run"), *more]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "has changed since; use another --out" in error
+    model_folder(tmp_path / "model")
+    assert smd.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"]) == 0
+
+
+def test_8_what_a_model_is_asked_in(tmp_path):
+    """The template around a prompt; and that neither facts nor prompts may be more than there is room for."""
+    folder = model_folder(tmp_path / "model")
+
+    def tokens(prompt="<|im_end|> the code", **changes):
+        agent = smd.agent_for(smd.checked(small_run(folder, tmp_path / "x", **changes)))
+        return agent.form.tokens(tasks.Example(prompt, "", " is")), agent.encoding
+
+    chat, encoding = tokens()
+    assert encoding.decode(chat) == "<|im_start|>user\n<|im_end|> the code<|im_end|>\n<|im_start|>a\n is"
+    assert [n for n, token in enumerate(chat) if token < 2] == [0, chat.index(0, 1), len(chat) - 6]
+    assert encoding.decode(tokens(template="plain")[0]) == "<|im_end|> the code is"
+    assert encoding.decode(tokens(template="Q {prompt} A")[0]) == "Q <|im_end|> the code A is"
+    for changes, message in (
+        (dict(template="no place"), "a text with {prompt}, got 'no place'"),
+        (dict(facts=17), "--facts must be at most 16"),
+        (dict(facts=2, asked=3), "--asked must be at most --facts = 2"),
+        (dict(facts=16), "exceeds the context of 256 tokens"),
+        (dict(dtype="float16"), "--dtype must be one of float32, bfloat16"),
+    ):
+        with pytest.raises(cli.UsageError, match=re.escape(message)):
+            tokens(**changes)
+    file = write(tmp_path / "n.jsonl", *[json.dumps({"question": "1 + 1?", "answer": "#### 2"})] * 4)
+    text = dict(facts=None, data=file, max_new=4, reward="number", budget=0.8)
+    agent = smd.agent_for(smd.checked(small_run(folder, tmp_path / "x", **text)))
+    assert agent.encoding.decode(agent.form.tokens(agent.task.train[0])).endswith("1 + 1?<|im_end|>\n<|im_start|>a\n")
+    smd.train(small_run(folder, tmp_path / "text", **text))
+    smd.train(small_run(folder, tmp_path / "warm", warmup_steps=2))
+    smd.train(small_run(folder, tmp_path / "half", dtype="bfloat16", accumulate=2))
 
 
 # Lemma 9: it is asked and rewarded for what the task says, answers are compared with their own questions, and it learns

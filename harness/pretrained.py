@@ -212,7 +212,8 @@ class Pretrained:
         template = self.tokenizer_config.get("chat_template")
         if not isinstance(template, str) or "<|im_start|>" not in template:
             return None
-        sandbox = needed("jinja2.sandbox").ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        sandbox = needed("jinja2.sandbox").ImmutableSandboxedEnvironment(**options)  # as transformers renders it
         messages = [dict(role="user", content="{prompt}")]
         return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True)
 
