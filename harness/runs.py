@@ -146,6 +146,9 @@ class Run:
         """UsageError where --out holds another run, or one of a model that has changed since. Writes nothing."""
         self.began = time.perf_counter()
         self.settings = settings
+        if settings.model is not None and settings.out is not None:
+            ours = Path(settings.model).resolve().is_relative_to(Path(settings.out).resolve())
+            require(not ours, f"--model {settings.model} lies in --out {settings.out}; take another --out")
         self.fingerprint = None if settings.model is None else pretrained.fingerprint(settings.model)
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
