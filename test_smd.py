@@ -1062,7 +1062,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how much memory a process has had")
 def test_2_the_attention_of_a_long_prompt_fits_half_a_gigabyte():
     assert grown("causal_attention(q, k, v, pad).sum().backward()") < 0.5e9
-    assert grown("shadow_attention(q, k, v, record)") > 1e9, "control: pairs of all rows and keys in float64"
+    assert grown("shadow_attention(q, k, v, record)") > 0.8e9, "control: pairs of all rows and keys in float64"
 
 
 # Lemma 3: with a budget that holds everything, nothing is different
@@ -3699,7 +3699,7 @@ def test_23_what_the_readme_names_exists():
     flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)} | set()
     for source in folder.glob("experiments/*.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source.read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install[^&\n]*", "", text)))
     assert named and named <= flags, named - flags
     modules = {"smd": smd, "kernel": kernel}
     names = set(re.findall(r"`(smd|kernel)\.(\w+)", text)) - {("smd", "py"), ("kernel", "py")}

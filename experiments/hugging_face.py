@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 import smd
@@ -59,18 +59,15 @@ def recording(press, kept: list[Tensor]):
 
 @torch.no_grad()
 def sample(model, press, tokens_BP: Tensor, max_new: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Responses (B, R) by `generate` under a press, the log-probs they were drawn with, and evicted_at (L, B, G, T).
-
-    Prompts of one length, because kvpress knows of no padding, and no end of text.
-    """
+    """Responses (B, R) by `generate` under a press, their log-probs, and evicted_at (L, B, G, T); no end of text."""
     model.set_attn_implementation("sdpa")
     kept = []
-    options = dict(attention_mask=torch.ones_like(tokens_BP), do_sample=True, top_k=0, eos_token_id=-1)
-    options |= dict(max_new_tokens=max_new, return_dict_in_generate=True, output_logits=True)
+    drawing = dict(do_sample=True, top_k=0, eos_token_id=-1, return_dict_in_generate=True, output_logits=True)
     with recording(press, kept)(model):
-        found = model.generate(tokens_BP, **options)
+        found = model.generate(tokens_BP, attention_mask=torch.ones_like(tokens_BP), max_new_tokens=max_new, **drawing)
     P = tokens_BP.shape[1]
-    response_BR, kept_LBGK = found.sequences[:, P:], torch.stack(kept)
+    response_BR = found.sequences[:, P:]
+    kept_LBGK = torch.stack(kept)
     logp_BRV = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
     record_LBGT = kept_LBGK.new_full((*kept_LBGK.shape[:3], P + max_new), NEVER, dtype=torch.int32)
     record_LBGT[..., :P] = P
@@ -81,11 +78,10 @@ def sample(model, press, tokens_BP: Tensor, max_new: int) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def main() -> None:
     import kvpress
-    from transformers import AutoModelForCausalLM
 
     agent = smd.agent_for(smd.checked(smd.Settings(model="smollm2", device="cpu")))
-    path = agent.source.path
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    file = dict(gguf_file=agent.source.path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(agent.source.path.parent, **file)
     r, _ = agent.respond(agent.task.held_out(1), 12, True, torch.Generator().manual_seed(0), max_new=16)
     prompt_BP = r.prompt_NP.expand(12, -1)
     rollouts = dict(ours=(r.response_BR, r.logp_BR, r.evicted_at_LBGT))

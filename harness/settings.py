@@ -71,7 +71,7 @@ class Settings:
     )
     eval_every: int = running(25, "steps between two evaluations on held-out prompts; 0: only before and after", 0)
     eval_prompts: int | None = running(
-        None, "held-out prompts of an evaluation, at most (default: 1024; with --model 128)", 1
+        None, "held-out prompts of an evaluation, at most (default: 1024; with --model 96)", 1
     )
     device: str | None = running(None, "where to compute (default: cuda where there is one)", free=True)
     backend: str | None = running(None, "attention (default: triton on cuda, else torch)", free=True)
@@ -81,7 +81,7 @@ class Settings:
 
 # defaults of all tasks, without --model and with it
 OF_TOY = dict(steps=100, lr=4e-4, window=4, sinks=1, eval_prompts=1024, encoding="bytes", width=128)
-OF_MODEL = dict(steps=25, lr=1e-5, window=8, sinks=4, eval_prompts=128, budget=0.25, pool=5, prompts=8)
+OF_MODEL = dict(steps=25, lr=1e-5, window=8, sinks=4, eval_prompts=96, budget=0.25, pool=5, prompts=8)
 # settings that only one task reads
 OF_TASK = dict(hops="chain", facts="facts", asked="facts", reward="text")
 
