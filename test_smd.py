@@ -263,6 +263,16 @@ DAMAGES = {
     "missing": (damaged_tensors(lambda t: t.pop(NORM)), "the tensor norm.weight is missing"),
     "foreign": (damaged_tensors(lambda t: t.update(extra=torch.ones(1))), "the tensor extra is not one of"),
     "shape": (damaged_tensors(lambda t: t.update({NORM: torch.ones(3)})), "norm.weight has the shape (3,), not (32,)"),
+    "heads": (
+        damaged_tensors(lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]})),
+        "the tensor lm_head.weight differs from embed_tokens.weight",
+    ),
+    "whole numbers": (
+        damaged_tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
+        "is quantized, in torch.int8",
+    ),
+    "eps": (damaged_config(rms_norm_eps=None), "config.json has no usable rms_norm_eps"),
+    "theta": (damaged_config(rope_theta=None), "config.json has no usable rope_theta"),
     "nan": (damaged_tensors(lambda t: t[NORM].fill_(math.nan)), "the tensor norm.weight is not finite"),
     "unigram": (damaged_tokenizer(lambda t: t["model"].update(type="Unigram")), "its model is Unigram, not BPE"),
     "fallback": (damaged_tokenizer(lambda t: t["model"].update(byte_fallback=True)), "byte_fallback is not byte-level"),
@@ -3871,3 +3881,101 @@ def test_24_what_is_kept_is_what_kvpress_keeps(policy, name, smollm2, theirs):
     # knorm compares norms in steps of 0.1 %: of two keys that are closer, kvpress may keep the other one
     assert others.max() <= (2 if policy == "knorm" else 0), f"{(others > 0).sum()} of {others.numel()} heads differ"
     assert (others > 0).double().mean() < 0.3
+
+
+def tiny_llama(seed=0):
+    """A random checkpoint in memory; weights large enough for what is evicted to matter."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(12.0 if p.ndim == 2 else 1.0)
+    return model
+
+
+def replay_error(forward, response, logp, record):
+    with torch.no_grad():
+        return (forward(record).gather(-1, response[..., None])[..., 0] - logp).abs().max().item()
+
+
+def test_24_a_learner_that_was_made_before_the_next_rollout_still_replays():
+    """Would catch an attention implementation that the sampler has put back: the pass is dense, and nothing says so."""
+    kvpress = pytest.importorskip("kvpress")
+    model = tiny_llama()
+    from experiments import hugging_face
+
+    prompt = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = hugging_face.sample(model, kvpress.KnormPress(0.75), prompt, 8)
+    forward = hugging_face.learner(model, torch.cat((prompt, found[0]), dim=1), torch.zeros(2, dtype=torch.long), 40)
+    hugging_face.sample(model, kvpress.KnormPress(0.5), prompt, 2)
+    assert replay_error(forward, *found) < 1e-4
+
+
+def test_24_settings_of_a_checkpoint_do_not_bend_what_is_drawn():
+    """Would catch log-probs that are not those of the distribution that the tokens were drawn from."""
+    kvpress = pytest.importorskip("kvpress")
+    model = tiny_llama()
+    from experiments import hugging_face
+
+    prompt = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+    responses = []
+    for temperature in (1.0, 0.5):
+        model.generation_config.temperature = model.generation_config.top_p = temperature
+        torch.manual_seed(0)
+        responses.append(hugging_face.sample(model, kvpress.KnormPress(0.75), prompt, 8)[0])
+    assert torch.equal(*responses)
+    model.generation_config.repetition_penalty = 1.5
+    with pytest.raises(ValueError, match="generation_config"):
+        hugging_face.sample(model, kvpress.KnormPress(0.75), prompt, 8)
+
+
+@pytest.mark.parametrize("name", ["SnapKVPress", "KnormPress"])
+def test_24_columns_are_exact_in_bfloat16(name):
+    """Would catch columns that are counted in the model's type: bfloat16 has no odd number above 256."""
+    kvpress = pytest.importorskip("kvpress")
+    model = tiny_llama().bfloat16()
+    from experiments import hugging_face
+
+    prompt = torch.randint(50, (2, 601), generator=torch.Generator().manual_seed(0))
+    options = dict(window_size=8) if name == "SnapKVPress" else {}
+    _, _, record = hugging_face.sample(model, getattr(kvpress, name)(0.5, **options), prompt, 2)
+    assert ((record[..., :601] == NEVER).sum(dim=-1) == 300).all()
+    if name == "SnapKVPress":
+        assert (record[..., 593:601] == NEVER).all(), "the window stays"
+
+
+def test_24_a_press_whose_scores_read_the_values_is_refused():
+    """Would catch a choice of keys that was made from columns in place of values."""
+    kvpress = pytest.importorskip("kvpress")
+    from experiments import hugging_face
+
+    press = kvpress.ExpectedAttentionPress(0.5)
+    assert press.use_vnorm
+    with pytest.raises(RuntimeError, match="floating point"):
+        hugging_face.sample(tiny_llama(), press, torch.randint(50, (2, 40)), 2)
+
+
+def test_24_what_the_attention_does_not_compute_is_refused_and_scaling_is_taken():
+    """Would catch a model that scales its scores otherwise, or drops weights, and is replayed as if it did not."""
+    kvpress = pytest.importorskip("kvpress")
+    model = tiny_llama()
+    from experiments import hugging_face
+
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.2
+    prompt = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = hugging_face.sample(model, kvpress.KnormPress(0.75), prompt, 8)
+    forward = hugging_face.learner(model, torch.cat((prompt, found[0]), dim=1), torch.zeros(2, dtype=torch.long), 40)
+    assert replay_error(forward, *found) < 1e-4
+    kvpress.patch_attention_functions()  # as importing kvpress after the experiment does: dropout comes by position
+    assert replay_error(forward, *found) < 1e-4
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.train()
+    with pytest.raises(ValueError, match="dropout"):
+        forward(found[2])

@@ -35,6 +35,7 @@ COMPUTED = dict(
     rope_scaling=(None,),
     sliding_window=(None,),
     use_sliding_window=(False,),
+    use_mrope=(False,),
     partial_rotary_factor=(1.0,),
     attention_dropout=(0.0,),
 )
@@ -135,6 +136,11 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
+def content(token: str | dict | None) -> str | None:
+    """A token as tokenizer_config.json writes it, by itself or with its properties."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A checkpoint that has been opened: what its JSON files say, and how to read each tensor."""
@@ -162,6 +168,8 @@ class Pretrained:
         rope = c.get("rope_parameters") or {}
         rope = dict(rope_theta=c.get("rope_theta", 10_000.0), rope_type="default") | rope
         require(rope["rope_type"] == "default", f"config.json asks for rotary positions of type {rope['rope_type']}")
+        for name, value in dict(rope_theta=rope["rope_theta"], rms_norm_eps=c.get("rms_norm_eps")).items():
+            require(isinstance(value, int | float) and value > 0, f"config.json has no usable {name}")
         more = set(rope) - {"rope_theta", "rope_type"}
         require(not more, f"config.json asks for rotary positions with {', '.join(sorted(more))}")
         sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
@@ -189,7 +197,7 @@ class Pretrained:
     def encoding(self) -> FileEncoding:
         """UsageError where tiktoken cannot express the tokenizer, or its ids are beyond the model's."""
         end = self.tokenizer_config.get("eos_token", self.config.get("eos_token_id"))
-        end = end["content"] if isinstance(end, dict) else end
+        end = content(end)
         encoding = encoding_of(self.tokenizer, end, str(self.path))
         size = self.config["vocab_size"]
         require(encoding.n_vocab <= size, f"the tokenizer has {encoding.n_vocab} tokens, the model {size}")
@@ -197,14 +205,14 @@ class Pretrained:
 
     def form(self, template: str | None) -> Form:
         """How the model is asked: in its ChatML, if no template is given and it has one."""
-        chatml = self.chatml()
-        require(template != "chatml" or chatml is not None, "--template chatml: the model has no such form of a chat")
-        if template in (None, "chatml"):
-            template = chatml
+        encoding = self.encoding()
+        chatml = self.chatml() if template in (None, "chatml") else None
+        if chatml is not None:
+            return Form(encoding, chatml)  # which says itself what it begins with
+        require(template != "chatml", "--template chatml: the model has no such form of a chat")
         if template in (None, "plain"):
             template = "{prompt}"
         require("{prompt}" in template, f"--template must be chatml, plain or a text with {{prompt}}, got {template!r}")
-        encoding = self.encoding()
         return Form(encoding, template, tuple(encoding.bos))
 
     def chatml(self) -> str | None:
@@ -215,14 +223,17 @@ class Pretrained:
         options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         sandbox = needed("jinja2.sandbox").ImmutableSandboxedEnvironment(**options)  # as transformers renders it
         messages = [dict(role="user", content="{prompt}")]
-        return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True)
+        named = {name: content(self.tokenizer_config.get(name)) or "" for name in ("bos_token", "eos_token")}
+        return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True, **named)
 
     def load(self, model: TinyModel) -> None:
         """Give a model these weights, one tensor after the other; UsageError where one is missing, foreign or wrong."""
         wanted = dict(model.named_parameters())
         names = set(self.tensors)
-        if model.config.tied:
-            names.discard("lm_head.weight")  # some files keep the embedding twice
+        if model.config.tied and "lm_head.weight" in names and "embed_tokens.weight" in names:
+            names.remove("lm_head.weight")  # some files keep the embedding twice
+            same = self.tensors["lm_head.weight"]().equal(self.tensors["embed_tokens.weight"]())
+            require(same, "the tensor lm_head.weight differs from embed_tokens.weight, with which config.json ties it")
         for name in sorted(wanted.keys() ^ names):
             require(name in names, f"the tensor {name} is missing")
             require(name in wanted, f"the tensor {name} is not one of this model's")
@@ -231,6 +242,7 @@ class Pretrained:
                 found = self.tensors[name]()
                 shapes = f"{tuple(found.shape)}, not {tuple(weight.shape)}"
                 require(found.shape == weight.shape, f"the tensor {name} has the shape {shapes}")
+                require(found.is_floating_point(), f"the tensor {name} is quantized, in {found.dtype}")
                 require(found.isfinite().all().item(), f"the tensor {name} is not finite")
                 weight.copy_(found)
         self.tensors.clear()  # and with them what the file takes in memory
@@ -272,7 +284,9 @@ def read_folder(path: Path) -> Pretrained:
     if template.exists():
         tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
     index = read_json("model.safetensors.index.json", dict(weight_map={}))
-    files = sorted(set(index["weight_map"].values())) or ["model.safetensors"]
+    files = sorted(set(index["weight_map"].values()))
+    if not files or (path / "model.safetensors").exists():  # an index beside the whole is left from before
+        files = ["model.safetensors"]
     tensors = {}
     for name in files:
         require((path / name).exists(), f"the folder holds no {name}")
@@ -329,9 +343,12 @@ def read_gguf(path: Path) -> Pretrained:
     require(of_tokens["model"] == "gpt2", f"its tokenizer {of_tokens['model']} is not byte-level BPE")
     tokens = of_tokens["tokens"]
     config["eos_token_id"] = of_tokens["eos_token_id"]
-    bos = tokens[of_tokens["bos_token_id"]] if of_tokens.get("add_bos_token", of_tokens["pre"] == "llama-bpe") else None
+    first = tokens[of_tokens["bos_token_id"]] if "bos_token_id" in of_tokens else None
+    bos = first if of_tokens.get("add_bos_token", of_tokens["pre"] == "llama-bpe") else None
     tokenizer = tokenizer_json(tokens, of_tokens["token_type"], of_tokens["merges"], of_tokens["pre"], bos)
     tokenizer_config = dict(eos_token=tokens[config["eos_token_id"]], tokenizer_class="PreTrainedTokenizerFast")
+    if first is not None:
+        tokenizer_config["bos_token"] = first
     if "tokenizer.chat_template" in fields:
         tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
     return Pretrained(path, config, tokenizer, tokenizer_config, tensors)

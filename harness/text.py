@@ -41,7 +41,8 @@ class Form:
     def tokens(self, example: Example) -> list[int]:
         """The example as the model is given it, the beginning of its answer included."""
         special = self.encoding.special_tokens_set
-        pieces = re.split(f"({'|'.join(map(re.escape, sorted(special)))})", self.template)
+        # of two that begin alike the longer one
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(special, reverse=True)))})", self.template)
         pieces[-1] += example.begun
         tokens = list(self.bos)
         for piece in pieces:

@@ -141,6 +141,7 @@ def encoding_of(tokenizer: dict, end: str | int, name: str) -> FileEncoding:
     require(reached == len(ranks), f"{len(ranks) - reached} of its tokens come from no merge")
 
     by_id = {id: token for token, id in special.items()}
+    require(not isinstance(end, list), f"its texts end with any of {end}, and one is what is known here")
     end = by_id.get(end, end)
     require(end in special, f"its end of text {end!r} is none of its special tokens")
     return FileEncoding(name, split, ranks, special, end, first_tokens(tokenizer))
