@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernel
-from harness import base, cli, device, memory, pretrained, report, runs, streams, tasks
+from harness import base, cli, device, memory, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import require
 from harness.objectives import (
@@ -482,11 +482,11 @@ def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: s
         seen_BGT = evicted_at_LBGT[l][..., : P + R - 1]
         return shadow_attention(q, k, v, seen_BGT, q_start=P, backend=backend, shared=prompt_keys[l])
 
-    # all tokens at once, because the gradient of a lookup is as large as the table
-    tokens = rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()
-    of_prompts_XC, of_responses_XC = model.embed_tokens(torch.cat(tokens)).split(list(map(len, tokens)))
-    prompt_NPC = of_prompts_XC.unflatten(0, rollout.prompt_NP.shape)
-    response_BRC = of_responses_XC.reshape(-1, R - 1, prompt_NPC.shape[-1])
+    # all tokens in one lookup, because the gradient of each is as large as the table
+    tokens = torch.cat((rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()))
+    of_prompts, of_responses = model.embed_tokens(tokens).tensor_split([rollout.prompt_NP.numel()])
+    prompt_NPC = of_prompts.unflatten(0, rollout.prompt_NP.shape)
+    response_BRC = of_responses.reshape(-1, R - 1, prompt_NPC.shape[-1])
     hidden_NPC = model.extend(prompt_NPC, rope_positions(rollout.pad_N, P), attend_in_prompts)
     first_B1C = hidden_NPC[:, -1:].repeat_interleave(S, dim=0)
     position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(S, dim=0)
@@ -511,7 +511,7 @@ def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
 def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -> list[Tensor]:
     """What f makes of the response tokens (X,) and of the log-probs (X, V) that each of `hidden` (X, C) leads to.
 
-    Some tokens at a time, and the backward pass makes their logits again: those of all tokens are never there at once.
+    Of many tokens some at a time, and the backward pass makes their logits again: all are never there at once.
     """
 
     def part(token_x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
@@ -639,9 +639,7 @@ class Batch:
 
     @property
     def counts(self) -> Counts:
-        reward_NS = self.reward_B.view(len(self.rollout.prompt_NP), -1)
-        pairs = (reward_NS.amax(dim=1) > reward_NS.amin(dim=1)).sum().item()
-        return Counts(len(self.reward_B), self.rollout.mask_BR.sum().item(), pairs)
+        return Counts.of(self.rollout.mask_BR, self.reward_B.view(len(self.rollout.prompt_NP), -1))
 
     def of_prompts(self, n: Tensor) -> "Batch":
         """The part of these prompts and of all their samples."""
@@ -690,15 +688,15 @@ CHOICES |= dict(protect=("prompt",), device=("cpu", "cuda"), backend=kernel.BACK
 CHOICES |= dict(dtype=("float32", "bfloat16"))
 
 
-def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Batch | None = None) -> tuple[Tensor, dict]:
+def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Counts | None = None) -> tuple[Tensor, dict]:
     """The loss of s.method and s.objective on a batch, and figures for the log.
 
-    whole: the batch of which this is a part. Then each mean of the loss counts by the part's share of what it is taken
-    over, so that the losses of all parts add up to that of the whole.
+    whole: the counts of the batch of which this is a part. Then each mean of the loss weighs as much as the part's
+    share of what it is taken over, so that the losses of all parts add up to that of the whole.
     """
     method, rollout, model = METHODS[s.method], batch.rollout, policy.model
     mask_BR = rollout.mask_BR
-    share = batch.counts.over((whole or batch).counts)
+    share = batch.counts.over(whole or batch.counts)
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
     track_2 = method.replays and s.lam > 0
     records = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
@@ -730,8 +728,8 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Batch | None 
         loss = loss + share.tokens * s.lam * kl_X.mean()
     if s.kl_ref:
         loss = loss + share.tokens * s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
-    entropy = share.tokens * entropy_X.mean().item()
-    row = dict(loss=loss.item(), entropy=entropy, clip_fraction=share.tokens * clip_fraction)
+    row = dict(loss=loss.item(), clip_fraction=share.tokens * clip_fraction)
+    row["entropy"] = share.tokens * entropy_X.mean().item()
     if method.replays or not method.evicts:
         row["replay_error"] = (logp_BR - rollout.logp_BR).abs().max().item()
     return loss, row
@@ -759,14 +757,17 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
 
 def gradient(policy: Policy, batch: Batch, s: Settings) -> dict:
     """Add up the gradient of the loss, s.accumulate parts of the prompts one after the other; figures for the log."""
+    whole = batch.counts
     rows = []
     for n in torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.accumulate):
         with device.precision(s):
-            loss, row = learner_loss(policy, batch.of_prompts(n), s, batch)
+            loss, row = learner_loss(policy, batch.of_prompts(n), s, whole)
         loss.backward()
         rows.append(row)
-    join = dict(replay_error=max)
-    return {name: join.get(name, sum)(row[name] for row in rows) for name in rows[0]}
+    figures = {name: sum(row[name] for row in rows) for name in rows[0]}
+    if "replay_error" in figures:
+        figures["replay_error"] = max(row["replay_error"] for row in rows)
+    return figures
 
 
 def agent_for(s: Settings) -> Agent:
@@ -826,8 +827,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                     run.log(row, policy, optimizer)
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
-        if agent.source is not None:
-            pretrained.write_folder(agent.model, agent.source, run.out / runs.MODEL)
+        agent.leave(run.out)
         return run.finish(after, agent.task.held_out(1)[0].prompt)
 
 

@@ -325,6 +325,40 @@ def test_0_a_file_that_is_no_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert smd.main(["--model", str(tmp_path / "other.gguf")]) == 2
     assert "--model needs the package gguf: pip install gguf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # which is needed when the run is over
+    assert smd.main(["--model", str(tmp_path / "other.gguf")]) == 2
+    assert "--model needs the package safetensors.torch: pip install safetensors" in capsys.readouterr().err
+
+
+def test_0_a_whole_file_goes_before_an_old_index(tmp_path):
+    """Would catch shards that an earlier save has left behind."""
+    checkpoint(tmp_path / "model", "Llama", tied=True)
+    want = loaded(tmp_path / "model")[1].norm.weight
+    index = dict(metadata={}, weight_map={"model.norm.weight": "old.safetensors"})
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(loaded(tmp_path / "model")[1].norm.weight, want)
+
+
+def test_0_what_begins_a_text_begins_it_once(tmp_path):
+    """ChatML says itself how it begins, as in `apply_chat_template`; any other text begins as the tokenizer says."""
+    model_folder(tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    first = dict(SpecialToken=dict(id="<|im_start|>", type_id=0))
+    steps = dict(type="TemplateProcessing", single=[first, dict(Sequence=dict(id="A", type_id=0))], pair=[])
+    content["post_processor"] = steps | dict(special_tokens={"<|im_start|>": dict(ids=[1])})
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
+    source = pretrained.open_model(str(tmp_path / "model"))
+    example = tasks.Example("a", "")
+    assert source.form("plain").tokens(example) == [1, *source.encoding().encode_ordinary("a")]
+    assert source.form(None).tokens(example).count(1) == 2, "the user's turn and the answer's"
+
+
+def test_0_a_model_that_cannot_be_written_is_one_line(tmp_path):
+    model_folder(tmp_path / "model")
+    source, model = loaded(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cli.UsageError, match=r"file cannot be written: .*; make room or choose another folder"):
+        pretrained.write_folder(model, source, tmp_path / "file")
 
 
 def awkward_strings() -> list[str]:
@@ -2725,9 +2759,7 @@ def judge(prompt: str, response: str, answer: str) -> float:
 
 def held_out_reward(out: Path, count: int = 512) -> tuple[float, float]:
     """Mean reward of a run's checkpoint on held-out prompts with the sparse cache, and its standard error."""
-    kept = runs.read_config(out, Settings)
-    del kept["fingerprint"]
-    agent = smd.agent_for(smd.checked(Settings(**kept, device="cpu")))
+    agent = smd.agent_for(smd.checked(Settings(**runs.read_config(out, Settings), device="cpu")))
     runs.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     examples = agent.task.held_out(count)
     texts = agent.respond(examples, 1, True, torch.Generator().manual_seed(0))[1]

@@ -10,7 +10,6 @@ output: the full pass attends to its own keys, the sampler to a small cache, the
 Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,11 +43,6 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.size_of_head or self.width // self.heads
-
-
-def swiglu_width(width: int) -> int:
-    """8/3 of the model's, up to a multiple of 32: so its three matrices weigh what two of 4 times the width would."""
-    return 32 * math.ceil(width * 8 / 96)
 
 
 def never_evicted(pad_B: Tensor, T: int) -> Tensor:
@@ -135,7 +129,7 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_proj(x_BTC), self.up_proj(x_BTC)
         if not torch.is_grad_enabled():
             return down(gate, up)
-        # the backward pass makes again what is made of these two: half of what a layer would keep for it
+        # the backward pass makes again what is made of these two: half of what SwiGLU would keep for it
         return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -164,7 +158,8 @@ class TinyModel(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        # unit variance in and out, scaled where 2L write into the residual stream; GPT-2's flat 0.02 suits its width
+        # unit variance in, unit variance out; what writes into the residual stream is scaled by the 2L that do.
+        # GPT-2's flat 0.02 suits a width of 768: at 128 retrieval is learned far later with it
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):

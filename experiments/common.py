@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from harness import base, cli, runs
+from harness import base, cli, pretrained, runs
 from harness.report import colour
 
 # Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
@@ -54,13 +54,13 @@ def begin_worker(threads: int) -> None:
 
 def base_path(given: dict) -> Path:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
-    return base.base_path(agent, runs.Run(agent.s).fingerprint)
+    return base.base_path(agent, pretrained.fingerprint(agent.s.model))
 
 
 def make_base(given: dict) -> None:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base.load_base(agent, runs.Run(agent.s).fingerprint)
+        base.load_base(agent, pretrained.fingerprint(agent.s.model))
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:

@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of a run")
     parser.add_argument("--prompt")
     given = parser.parse_args()
-    kept = runs.read_config(given.out, smd.Settings)
-    del kept["fingerprint"]
-    agent = smd.agent_for(smd.checked(smd.Settings(**kept)))
+    agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
     runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
     check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")

@@ -1,21 +1,28 @@
 """A model that is asked in text and answers in text: the task and the encoding around a sampler, and the evaluation."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from harness import device, pretrained, streams, tasks
+from harness import device, pretrained, runs, streams, tasks
 from harness.base import SEED
 from harness.cli import require
 from harness.report import Progress
 from harness.tasks import TASKS, Example
 from harness.text import Form, check_examples, check_prompt, decode, load_encoding, tokenize
-from tiny_model import ModelConfig, TinyModel, never_evicted, swiglu_width
+from tiny_model import ModelConfig, TinyModel, never_evicted
 
 EVALUATION_BATCH = 64  # held-out prompts at a time
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
 ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
 FINITE = 16  # tokens of the prompt with which the policy is tried after an update
+
+
+def swiglu_width(width: int) -> int:
+    """8/3 of the model's, up to a multiple of 32: so its three matrices weigh what two of 4 times the width would."""
+    return 32 * math.ceil(width * 8 / 96)
 
 
 class Agent:
@@ -90,6 +97,11 @@ class Agent:
                     progress.step()
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
+
+    def leave(self, out: Path) -> None:
+        """Write a pretrained model, as it has become, into a run's folder."""
+        if self.source is not None:
+            pretrained.write_folder(self.model, self.source, out / runs.MODEL)
 
     def answer(self, prompt: str) -> str:
         """One sample with either cache, a line each; UsageError for a prompt that is empty or too long."""

@@ -66,9 +66,8 @@ class WarmUp:
     def __init__(self, agent):
         self.model, self.task, self.form, self.backend = agent.model, agent.task, agent.form, agent.s.backend
         weights = dict(agent.model.named_parameters())
-        self.rate, self.rising = (
-            (LEARNING_RATE, RISING) if agent.source is None else (PRETRAINED_RATE, PRETRAINED_RISING)
-        )
+        self.rate = LEARNING_RATE if agent.source is None else PRETRAINED_RATE
+        self.rising = RISING if agent.source is None else PRETRAINED_RISING
         self.optimizers = []
         if agent.source is None:
             # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes

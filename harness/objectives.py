@@ -43,7 +43,13 @@ class Counts(NamedTuple):
     tokens: float
     pairs: float  # prompts whose samples have different rewards, which DPO compares
 
+    @classmethod
+    def of(cls, mask_BR: Tensor, reward_NS: Tensor) -> "Counts":
+        pairs = (reward_NS.amax(dim=1) > reward_NS.amin(dim=1)).sum().item()
+        return cls(len(mask_BR), mask_BR.sum().item(), pairs)
+
     def over(self, whole: "Counts") -> "Counts":
+        """The share of each in a whole."""
         return Counts(*(n / max(1, of) for n, of in zip(self, whole, strict=True)))
 
 

