@@ -3617,6 +3617,19 @@ def test_22_the_logits_of_all_tokens_are_never_there_at_once(method, monkeypatch
     compare("gradient", found[32][2], found[1][2], 1e-5)
 
 
+@torch.no_grad()
+def test_22_no_part_is_much_smaller_than_another(monkeypatch):
+    """Would catch a last part of one row, whose logits a library may sum in another order than the sampler's."""
+    model = small_model()
+    rollout = ragged_rollout(model)
+    tokens = int(rollout.length_B.sum())
+    hidden_XC = smd.replay(model, rollout, rollout.evicted_at_LBGT)[0]
+    sizes = []
+    monkeypatch.setattr(smd, "LOGITS", 20 * (tokens - 1) // 2)  # two parts of this size would leave one token over
+    smd.by_parts(lambda token_x, logp_xV: sizes.append(len(token_x)) or (token_x,), model, rollout, hidden_XC)
+    assert sum(sizes) == tokens and len(sizes) == 3 and max(sizes) - min(sizes) <= 1, sizes
+
+
 def test_22_the_entropy_by_enumeration(world):
     p = world.logits(world.rollout.evicted_at_LBGT).softmax(-1)
     row = learner(world.model, world.rollout, "smd")[2]
