@@ -47,6 +47,7 @@ class Agent:
                 self.form = self.source.form(s.template)
             self.context = self.source.config["max_position_embeddings"]
         device.check(s.device, s.backend, self.config.head_dim)
+        device.faster_products()
         self.encoding = self.form.encoding
         self.task = TASKS[s.task](s)
         self.eviction.keep(check_examples(self.form, self.task.examples, s.max_new, self.context, s.data))
