@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
@@ -94,7 +95,8 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
     i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
     j = torch.arange(evicted_at.shape[2], device=q.device)
     hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
-    out = masked_attention(q, k, v, hidden, shared)[0]
+    # made again in the backward pass: weights and float64 copies of all layers would be most of its memory
+    out, _ = checkpoint(masked_attention, q, k, v, hidden, shared, use_reentrant=False, preserve_rng_state=False)
     # a row that sees nothing gives zeros and zero gradients
     blind = hidden.all(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return out.masked_fill(blind[..., None], 0).to(q.dtype)

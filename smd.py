@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernel
 from harness import base, cli, device, memory, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import require
@@ -56,6 +55,7 @@ from harness.objectives import (
     VALUE_COEF,
     Counts,
     Policy,
+    Seam,
     dpo_loss,
     effective_share,
     gae,
@@ -63,7 +63,7 @@ from harness.objectives import (
     same_shape,
     value_loss,
 )
-from harness.settings import Settings, completed
+from harness.settings import VALUES, Settings, completed
 from harness.store import LIVES, Store, pack
 from kernel import NEVER, masked_attention, products, shadow_attention
 from tiny_model import TinyModel, causal_attention, rope_positions, wide
@@ -72,7 +72,7 @@ from tiny_model import TinyModel, causal_attention, rope_positions, wide
 CLIP = 0.2  # PPO's ε; bites from a batch's second update on
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
 SCRATCH = {"cpu": 2**19, "cuda": 2**28}  # numbers, in keys and again in values, made float64 at a time in decoding
-LOGITS = 2**24  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
+LOGITS = 2**23  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
 ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
 CHOOSING = 8  # prompts whose samples choose at a time what they keep: what a choice makes is a part of the cache's peak
 DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
@@ -462,41 +462,42 @@ def finished_record(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
     return evicted_at_LBGT.masked_fill(column_T >= end_B11, 0)
 
 
-def replay(model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: str | None = None) -> list[Tensor]:
+def replay(
+    model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: str | None = None, seam: Callable = lambda x: x
+) -> list[Tensor]:
     """For each record, the hidden states (X, C) that predict the response tokens from what their queries see under it.
 
     Under `rollout.evicted_at_LBGT` their logits are π_shadow, under `rollout.never_evicted_LBGT` π_dense. The prompts
     are computed once, dense like the sampler's; the x-th row belongs to the x-th True of `rollout.mask_BR`.
     An evicted token stays in the sequence and has its own row: only later queries cannot see it. Leaving it out would
     change the keys that were kept, for those above the first layer were computed while it was still visible.
+    seam: between the prompts and the responses, whose backward passes then run one after the other.
     """
-    P, R = rollout.prompt_NP.shape[1], rollout.response_BR.shape[1]
-    S = len(rollout.response_BR) // len(rollout.prompt_NP)
+    (N, P), (B, R) = rollout.prompt_NP.shape, rollout.response_BR.shape
+    # under a further record, a prompt has as many samples more: all of them go through the layers together
+    tracks, S = len(records_LBGT), B // N
+    seen_LBGT = torch.stack([record.unflatten(1, (N, S)) for record in records_LBGT], dim=2).flatten(1, 3)
     prompt_keys = []
 
     def attend_in_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt_keys.append((k, v))
+        prompt_keys.append((seam(k), seam(v)))
         return causal_attention(q, k, v, rollout.pad_N)
 
-    def attend_behind_prompts(evicted_at_LBGT: Tensor, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen_BGT = evicted_at_LBGT[l][..., : P + R - 1]
+    def attend_behind_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # the last token is only ever predicted, by the token before it
+        seen_BGT = seen_LBGT[l][..., : P + R - 1]
         return shadow_attention(q, k, v, seen_BGT, q_start=P, backend=backend, shared=prompt_keys[l])
 
     # all tokens in one lookup, because the gradient of each is as large as the table
     tokens = torch.cat((rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()))
-    of_prompts, of_responses = model.embed_tokens(tokens).tensor_split([rollout.prompt_NP.numel()])
-    prompt_NPC = of_prompts.unflatten(0, rollout.prompt_NP.shape)
-    response_BRC = of_responses.reshape(-1, R - 1, prompt_NPC.shape[-1])
-    hidden_NPC = model.extend(prompt_NPC, rope_positions(rollout.pad_N, P), attend_in_prompts)
-    first_B1C = hidden_NPC[:, -1:].repeat_interleave(S, dim=0)
-    position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(S, dim=0)
-    found = []
-    for evicted_at_LBGT in records_LBGT:
-        # the last token is only ever predicted, by the token before it
-        attend = partial(attend_behind_prompts, evicted_at_LBGT)
-        later_BRC = model.extend(response_BRC, position_BR, attend)
-        found.append(torch.cat((first_B1C, later_BRC), dim=1)[rollout.mask_BR])
-    return found
+    of_prompts, of_responses = model.embed_tokens(tokens).tensor_split([N * P])
+    hidden_NPC = model.extend(of_prompts.unflatten(0, (N, P)), rope_positions(rollout.pad_N, P), attend_in_prompts)
+    first_B1C = seam(hidden_NPC[:, -1:]).repeat_interleave(tracks * S, dim=0)
+    response_BRC = seam(of_responses).view(N, 1, S, R - 1, -1).expand(-1, tracks, -1, -1, -1).flatten(0, 2)
+    position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(tracks * S, dim=0)
+    later_BRC = model.extend(response_BRC, position_BR, attend_behind_prompts)
+    hidden_BRC = torch.cat((first_B1C, later_BRC), dim=1)
+    return [track.flatten(0, 1)[rollout.mask_BR] for track in hidden_BRC.unflatten(0, (N, tracks, S)).unbind(1)]
 
 
 def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
@@ -683,16 +684,16 @@ def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> 
     return Batch(rollout, reward_B, old_logp_BR, weight_BR, advantage_BR, value_BR, return_BR, ref_logp_BR)
 
 
-CHOICES = dict(method=METHODS, eviction=EVICTIONS, objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS)
-CHOICES |= dict(protect=("prompt",), device=("cpu", "cuda"), backend=kernel.BACKENDS, reward=tasks.REWARDS)
-CHOICES |= dict(dtype=("float32", "bfloat16"))
+CHOICES = VALUES | dict(method=METHODS, eviction=EVICTIONS)
 
 
-def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Counts | None = None) -> tuple[Tensor, dict]:
+def learner_loss(
+    policy: Policy, batch: Batch, s: Settings, whole: Counts | None = None, seam: Callable = lambda x: x
+) -> tuple[Tensor, dict]:
     """The loss of s.method and s.objective on a batch, and figures for the log.
 
     whole: the counts of the batch of which this is a part. Then each mean of the loss weighs as much as the part's
-    share of what it is taken over, so that the losses of all parts add up to that of the whole.
+    share of what it is taken over, so that the losses of all parts add up to that of the whole. seam: see `replay`.
     """
     method, rollout, model = METHODS[s.method], batch.rollout, policy.model
     mask_BR = rollout.mask_BR
@@ -700,7 +701,7 @@ def learner_loss(policy: Policy, batch: Batch, s: Settings, whole: Counts | None
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
     track_2 = method.replays and s.lam > 0
     records = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
-    hidden = replay(model, rollout, *records, backend=s.backend)
+    hidden = replay(model, rollout, *records, backend=s.backend, seam=seam)
 
     def figures(token_X: Tensor, logp_XV: Tensor, dense_XV: Tensor | None = None) -> tuple[Tensor, ...]:
         fixed_XV = logp_XV.detach()
@@ -760,14 +761,13 @@ def gradient(policy: Policy, batch: Batch, s: Settings) -> dict:
     whole = batch.counts
     rows = []
     for n in torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.accumulate):
+        seam = Seam()
         with device.precision(s):
-            loss, row = learner_loss(policy, batch.of_prompts(n), s, whole)
-        loss.backward()
+            loss, row = learner_loss(policy, batch.of_prompts(n), s, whole, seam)
+        seam.backward(loss)
         rows.append(row)
-    figures = {name: sum(row[name] for row in rows) for name in rows[0]}
-    if "replay_error" in figures:
-        figures["replay_error"] = max(row["replay_error"] for row in rows)
-    return figures
+    total = {name: max if name == "replay_error" else sum for name in rows[0]}
+    return {name: total[name](row[name] for row in rows) for name in rows[0]}
 
 
 def agent_for(s: Settings) -> Agent:
@@ -785,12 +785,11 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(agent.task, texts, examples))
     watch.lap("sample")
     due = (step - 1) % DIAGNOSE_EVERY == 0
+    reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
+    optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
     with device.precision(s):
         diagnosis = diagnose(policy.model, rollout, s.backend) if due else {}
-    watch.lap("diag")
-    optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
-    reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-    with device.precision(s):
+        watch.lap("diag")
         batch = prepare(policy, rollout, reward_B, s)
     learned = update(policy, optimizer, batch, s, step)
     agent.check_finite()
@@ -811,7 +810,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     tasks.check_reward(reward, agent.task.held_out(1)[0])
     policy = Policy(agent.model, s)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     with run:
         if not run.resume(policy, optimizer):
             base.load_base(agent, run.fingerprint)

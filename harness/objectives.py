@@ -53,6 +53,28 @@ class Counts(NamedTuple):
         return Counts(*(n / max(1, of) for n, of in zip(self, whole, strict=True)))
 
 
+class Seam:
+    """Where a backward pass halts: it goes all the way through what comes after the seam, then through what is before.
+
+    A weight used on both sides gets its gradient from one, and then the other's on top. In a single pass the first
+    would wait for the second, beside what earlier parts of a batch have left: all gradients twice.
+    """
+
+    def __init__(self):
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same numbers, but where they come from is left to `backward`."""
+        self.before.append(x)
+        self.after.append(x.detach().requires_grad_())
+        return self.after[-1]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.autograd.backward(self.before, [x.grad for x in self.after])
+
+
 def same_shape(**tensors: Tensor) -> None:
     """ValueError unless these have one shape: broadcasting would make another loss of a mistake."""
     if len({x.shape for x in tensors.values()}) > 1:

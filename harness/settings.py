@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import kernel
 from harness import device, tasks
 from harness.cli import fill_in, flag, opt, require
 
@@ -79,6 +80,9 @@ class Settings:
     overwrite: bool = running(False, "replace the run in --out", free=True)
 
 
+# what a setting made of words may be
+VALUES = dict(objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS, reward=tasks.REWARDS, protect=("prompt",))
+VALUES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS, dtype=("float32", "bfloat16"))
 # defaults of all tasks, without --model and with it
 OF_TOY = dict(steps=100, lr=4e-4, window=4, sinks=1, eval_prompts=1024, encoding="bytes", width=128)
 OF_MODEL = dict(steps=25, lr=1e-5, window=8, sinks=4, eval_prompts=96, budget=0.25, pool=5, prompts=8)
