@@ -458,6 +458,31 @@ def test_0_a_real_model_from_its_file_gives_the_same_logits(smollm2, theirs, mon
         assert (logits_of(smollm2.model, prompts[0]) - theirs(prompts[0]).logits).abs().max() > 0.1, "control"
 
 
+def test_0_products_are_float32_whoever_makes_them(monkeypatch):
+    """Would catch a machine on which oneDNN makes use of the leave to round factors to bfloat16."""
+    matmul = torch.backends.mkldnn.matmul
+    for m, k, n in ((1, 64, 64), (3, 576, 1536), (200, 1536, 576), (64, 100, 1000)):
+        a, b = torch.rand(m, k), torch.rand(k, n)
+        exact = a.double() @ b.double()
+        assert ((a @ b - exact) / exact).abs().max() < 1e-5
+
+    class Rounded(torch.Tensor):
+        def __matmul__(self, other):
+            if self.dtype == torch.float32 and matmul.fp32_precision == "bf16":
+                self, other = self.bfloat16(), other.bfloat16()
+            return (self.as_subclass(torch.Tensor) @ other.as_subclass(torch.Tensor)).float()
+
+    rand = torch.rand
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "none"
+        monkeypatch.setattr(torch, "rand", lambda *shape, **options: rand(*shape, **options).as_subclass(Rounded))
+        device.faster_products()
+        assert matmul.fp32_precision == "none"
+    finally:
+        matmul.fp32_precision = before
+
+
 # Lemma 1: replay equals the sampler
 
 
@@ -2227,6 +2252,10 @@ def test_9_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
     s = smd.checked(Settings(data="file", pool=3))
     filled = dict(task="text", budget=0.5, pool=3, prompts=8, max_new=128, warmup_steps=100)
     assert {name: getattr(s, name) for name in filled} == filled
+    for asked, warmup_steps in ((None, 0), (3, 26)):
+        s = smd.checked(Settings(model="smollm2", asked=asked))
+        filled = dict(task="facts", facts=12, budget=0.25, max_new=5 * (asked or 1) - 1, warmup_steps=warmup_steps)
+        assert {name: getattr(s, name) for name in filled} == filled
 
 
 def test_9_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():

@@ -30,7 +30,7 @@ DROP = 0.3
 LEARNED = 0.5
 LEARNING_RATE = 3e-3
 RISING = 50  # steps over which the rate rises
-PRETRAINED_RATE = 2e-5  # of a pretrained model, all of it by AdamW
+PRETRAINED_RATE = 1e-4  # of a pretrained model, all of it by AdamW
 PRETRAINED_RISING = 5
 
 
@@ -132,7 +132,8 @@ def base_path(agent, fingerprint: str | None) -> Path:
     The number of threads is not part of it: after 25 steps with one and with two, the weights were equal to the bit.
     """
     device = agent.model.embed_tokens.weight.device
-    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device.type, agent.s.backend]
+    products = torch.backends.mkldnn.matmul.fp32_precision
+    arithmetic = [torch.__version__, torch.backends.cpu.get_cpu_capability(), products, device.type, agent.s.backend]
     if device.type == "cuda":
         arithmetic.append(torch.cuda.get_device_name(device))
     modules = (kernel, tiny_model, streams, tasks, text, sys.modules[__name__])

@@ -68,7 +68,7 @@ class Settings:
     )
     width: int | None = asking(None, "model width (default: 128)", 1)
     warmup_steps: int | None = asking(
-        None, "supervised steps of the base policy (default: 400; text 100; with --model 0)", 0
+        None, "supervised steps of the base policy (default: 400; text 100; with --model 0, for several codes 26)", 0
     )
     eval_every: int = running(25, "steps between two evaluations on held-out prompts; 0: only before and after", 0)
     eval_prompts: int | None = running(
