@@ -3836,6 +3836,22 @@ def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
         names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=s.max_new)
 
 
+@pytest.mark.parametrize("name", ["compare", "sweep"])
+def test_23_an_experiment_takes_as_many_steps_as_a_run(name, monkeypatch):
+    experiment = importlib.import_module(f"experiments.{name}")
+    asked = []
+
+    def stop(folder, jobs, *_):
+        asked.extend(jobs)
+        raise InterruptedError
+
+    monkeypatch.setattr(experiment, "run_all", stop)
+    monkeypatch.setattr(sys, "argv", [name, "budget"] if name == "sweep" else [name])
+    with pytest.raises(InterruptedError):
+        experiment.main()
+    assert {job["steps"] for job in asked} == {smd.checked(Settings()).steps}
+
+
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
     from experiments import common, compare, sweep
 

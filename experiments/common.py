@@ -21,6 +21,7 @@ from tqdm import tqdm
 import smd
 from harness import base, cli, pretrained, runs
 from harness.report import colour
+from harness.settings import OF_TOY
 
 # Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -102,7 +103,7 @@ def positive(text: str) -> int:
 def options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that experiments with many runs share."""
     parser.add_argument("--seeds", type=positive, default=seeds)
-    parser.add_argument("--steps", type=positive, default=smd.Settings.steps)
+    parser.add_argument("--steps", type=positive, default=OF_TOY["steps"])
     workers = 1 if torch.cuda.is_available() else CORES
     parser.add_argument("--jobs", type=positive, default=workers, help="runs at a time")
 

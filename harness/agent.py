@@ -15,6 +15,7 @@ from harness.text import Form, check_examples, check_prompt, decode, load_encodi
 from tiny_model import ModelConfig, TinyModel, never_evicted
 
 EVALUATION_BATCH = 64  # held-out prompts at a time
+PRETRAINED_BATCH = 16  # of a pretrained model, whose full cache of 64 prompts would be the most that a run ever holds
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
 ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
 FINITE = 16  # tokens of the prompt with which the policy is tried after an update
@@ -87,7 +88,8 @@ class Agent:
     def evaluate(self) -> dict[str, float]:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse and with the full cache."""
         held_out = self.task.held_out(self.s.eval_prompts)
-        batches = [held_out[i : i + EVALUATION_BATCH] for i in range(0, len(held_out), EVALUATION_BATCH)]
+        size = EVALUATION_BATCH if self.source is None else PRETRAINED_BATCH
+        batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
         found = {}
         with Progress("evaluation", 2 * len(batches), lines=0) as progress:
             for cache, evict in (("sparse", True), ("dense", False)):
