@@ -1723,7 +1723,7 @@ def test_8_a_killed_process_leaves_a_run_that_resumes(tmp_path, capsys, monkeypa
     # as in the process that is killed
     monkeypatch.setattr(runs, "SAVE_EVERY", 20)
     monkeypatch.setattr(smd, "DIAGNOSE_EVERY", 10)
-    long = dict(steps=100, eval_every=50)
+    long = dict(steps=60, eval_every=30)
     smd.train(tiny(tmp_path, "whole", **long))
     for name, number, code in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGINT, 130)):
         settings = tiny(tmp_path, name, **long)
