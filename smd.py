@@ -60,7 +60,9 @@ from harness.objectives import (
     effective_share,
     gae,
     k3,
+    of_tokens,
     same_shape,
+    spread,
     value_loss,
 )
 from harness.settings import VALUES, Settings, completed
@@ -126,7 +128,8 @@ class Entries:
     """
 
     eviction: Eviction
-    generator: torch.Generator | None
+    key_B: Tensor  # of what is drawn at random
+    l: int  # the layer
     shared_k_NGKD: Tensor
     own_k_BGKD: Tensor
     slot_BGK: Tensor
@@ -228,7 +231,10 @@ def rkv(e: Entries, mix: float = 0.07, alike: float = 0.5) -> Tensor:
 
 def random(e: Entries) -> Tensor:
     """Uniform. Each head keeps other keys, so that together they lose little (Random Attention, 2609.03430)."""
-    return torch.rand(e.column_BGK.shape, generator=e.generator, device=e.column_BGK.device)
+    # counted from where the sequence begins, because how many columns stand before it depends on its batch
+    begin_B11 = e.pad_B[:, None, None]
+    head_G1 = torch.arange(e.column_BGK.shape[1], device=begin_B11.device)[:, None]
+    return streams.uniform(e.key_B[:, None, None], e.l, e.now - begin_B11, head_G1, e.column_BGK - begin_B11)
 
 
 class Rule(NamedTuple):
@@ -302,12 +308,13 @@ class Cache:
     Layers attend with `prefill` and `decode`. `memory` counts what is alive here and while entries are chosen.
     """
 
-    def __init__(self, pad_N: Tensor, S: int, P: int, max_new: int, eviction: Eviction | None, generator):
+    def __init__(self, pad_N: Tensor, S: int, P: int, max_new: int, eviction: Eviction | None, key_N: Tensor):
         require(max_new <= LIVES, f"a response has at most {LIVES} tokens here, got {max_new}")
         # a full cache: nothing exceeds the budget
         self.eviction = eviction or Eviction("streaming", P + max_new, interval=32, sinks=0)
         self.rule = EVICTIONS[self.eviction.policy]
-        self.generator = generator
+        self.key_N = key_N
+        self.key_B = streams.hashed(key_N[:, None], torch.arange(S, device=pad_N.device)).flatten()
         self.pad_N, self.S, self.P, self.max_new = pad_N, S, P, max_new
         self.keep_N = self.eviction.keep(P - pad_N)
         protected = P if self.eviction.protect else 0
@@ -331,7 +338,7 @@ class Cache:
             live_NGP = column_NGP >= self.pad_N[:, None, None]
             q_NHWD = q[:, :, max(0, P - self.W) :]
             entries = k[:, :, :0], k, column_NGP, column_NGP, live_NGP, None, q_NHWD
-            e = Entries(self.eviction, self.generator, *entries, self.pad_N, self.keep_N, P, now=P)
+            e = Entries(self.eviction, self.key_N, l, *entries, self.pad_N, self.keep_N, P, now=P)
             if self.rule.accumulates:
                 # some queries at a time: P × P weights would be the memory that the cache is there to save
                 rows = max(1, ROWS * G // q.shape[1])
@@ -370,15 +377,16 @@ class Cache:
                 layer.receive(n, b, weight_NGSM1K.sum(dim=(3, 4)).transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 
-    def evict(self, layer: Store, n: slice, b: slice) -> None:
+    def evict(self, l: int, n: slice, b: slice) -> None:
         """Return to the budget in these sequences."""
+        layer = self.layers[l]
         slot_BGK = pack(layer.seen_BGK[b], self.used)
         live_BGK = layer.seen_BGK[b].gather(-1, slot_BGK)
         column_BGK = layer.columns(n, b).gather(-1, slot_BGK)
         received_BGK = layer.received_BGT[b].gather(-1, column_BGK) if self.rule.accumulates else None
         keys = layer.shared.k_XGKD[n], layer.own.k_XGKD[b], slot_BGK, column_BGK, live_BGK, received_BGK
         limits = self.kept_pad_B[b], self.keep_B[b], self.kept, self.kept + self.tokens
-        e = Entries(self.eviction, self.generator, *keys, layer.q_BHWD[b], *limits)
+        e = Entries(self.eviction, self.key_B[b], l, *keys, layer.q_BHWD[b], *limits)
         layer.bury(b, slot_BGK, column_BGK, victims(e), self.tokens)
 
     def token_done(self) -> None:
@@ -389,10 +397,10 @@ class Cache:
             return
         over = self.used > self.least
         with self.memory:
-            for layer in self.layers:
+            for l, layer in enumerate(self.layers):
                 if over:
                     for n, b in layer.parts(CHOOSING):
-                        self.evict(layer, n, b)
+                        self.evict(l, n, b)
                 if self.room() < self.eviction.interval:  # nothing will be chosen any more
                     layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
             for layer in self.layers:
@@ -403,17 +411,19 @@ class Cache:
 @torch.no_grad()
 def sample(
     model: TinyModel, prompt_NP: Tensor, pad_N: Tensor, samples: int, max_new: int, eos: int,
-    eviction: Eviction | None = None, generator: torch.Generator | None = None, forced_BR: Tensor | None = None,
+    eviction: Eviction | None = None, key_N: Tensor | None = None, forced_BR: Tensor | None = None,
 ) -> Rollout:  # fmt: skip
     """Draw responses with a small cache, and record which query could see which key.
 
     prompt_NP: int64 tokens, left-padded by pad_N columns. A response ends with `eos` or after max_new tokens. eviction:
-    None for a full cache. forced_BR: "draw" these tokens. Raises UsageError where the budget does not hold what the
-    policy is forced to keep, FloatingPointError where the logits are not finite.
+    None for a full cache. key_N: an int64 for each prompt, which alone decides what is drawn for it; None: its number.
+    forced_BR: "draw" these tokens. Raises UsageError where the budget does not hold what the policy is forced to keep,
+    FloatingPointError where the logits are not finite.
     Temperature 1 and no truncation: only if the recorded log-prob is the model's own can a learner reproduce it.
     """
     N, P = prompt_NP.shape
-    cache = Cache(pad_N, samples, P, max_new, eviction, generator)
+    key_N = torch.arange(N, device=pad_N.device) if key_N is None else key_N
+    cache = Cache(pad_N, samples, P, max_new, eviction, key_N)
     hidden_NPC = model.extend(model.embed_tokens(prompt_NP), rope_positions(pad_N, P), cache.prefill)
     hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, 0)
     cache.branch()
@@ -426,7 +436,7 @@ def sample(
         if not logp_BV.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
         if forced_BR is None:
-            drawn_B = logp_BV.exp().multinomial(1, generator=generator)[:, 0]
+            drawn_B = streams.drawn(logp_BV, streams.uniform(len(tokens), cache.key_B))
         else:
             drawn_B = forced_BR[:, len(tokens)]
         tokens.append(torch.where(alive_B, drawn_B, eos))
@@ -498,15 +508,6 @@ def replay(
     later_BRC = model.extend(response_BRC, position_BR, attend_behind_prompts)
     hidden_BRC = torch.cat((first_B1C, later_BRC), dim=1)
     return [track.flatten(0, 1)[rollout.mask_BR] for track in hidden_BRC.unflatten(0, (N, tracks, S)).unbind(1)]
-
-
-def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
-    return logp_XV.gather(-1, token_X[:, None])[:, 0]
-
-
-def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
-    """One number for each response token as (B, R), zero past the end."""
-    return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
 
 
 def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -> list[Tensor]:
@@ -779,8 +780,8 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     """Sample, score, diagnose, learn: one row of metrics.jsonl."""
     s = agent.s
     watch = device.Stopwatch(s.device)
-    examples, generator = agent.draw(step)
-    rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, generator)
+    examples, key_N = agent.draw(step)
+    rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, key_N)
     rewards = tasks.score(reward, examples, texts)
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(agent.task, texts, examples))
     watch.lap("sample")

@@ -44,7 +44,7 @@ import smd
 import tiny_model
 from experiments import kernels
 from experiments.enumerated import World, distance, gradient
-from harness import base, cli, device, pretrained, report, runs, tasks, text, tokenizer
+from harness import base, cli, device, pretrained, report, runs, streams, tasks, text, tokenizer
 from harness.agent import Agent
 from harness.memory import PeakBytes
 from harness.store import Store
@@ -78,8 +78,8 @@ def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
 
 def ragged_rollout(model, policy="snapkv", samples=3, max_new=14, budget=8, lengths=(17, 9, 30, 12), seed=0):
     eviction = None if budget is None else Eviction(policy, budget, interval=3, window=3, sinks=1)
-    generator = torch.Generator().manual_seed(seed)
-    return smd.sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, generator)
+    key_N = streams.hashed(seed, torch.arange(len(lengths)))
+    return smd.sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, key_N)
 
 
 def replayed_logp(model, rollout, evicted_at) -> torch.Tensor:
@@ -673,7 +673,7 @@ def test_1_log_probs_and_record_are_those_of_a_list_of_keys(policy, budget, monk
     model = small_model()
     eviction = Eviction(policy, budget, interval=3, window=3, sinks=2, pool=3)
     prompts = ragged_prompts((17, 13, 30, 12))
-    rollout = smd.sample(model, *prompts, 3, 14, EOS, eviction, torch.Generator().manual_seed(0))
+    rollout = smd.sample(model, *prompts, 3, 14, EOS, eviction)
     assert rollout.length_B.min() < rollout.length_B.max(), "no early end of sequence in this rollout"
     decode_time = (rollout.evicted_at_LBGT > 30) & (rollout.evicted_at_LBGT < NEVER)
     assert decode_time.any(), "nothing was evicted while decoding"
@@ -687,7 +687,7 @@ def test_1_and_so_for_a_prompt_that_is_read_in_several_parts(policy, monkeypatch
     model, eviction = small_model(layers=1), Eviction(policy, 20, interval=4, window=3, sinks=1, pool=5)
     prompts = ragged_prompts((150, 131))
     assert prompts[0].shape[1] > 4 * smd.ROWS
-    rollout = smd.sample(model, *prompts, 1, 10, -1, eviction, torch.Generator().manual_seed(0))
+    rollout = smd.sample(model, *prompts, 1, 10, -1, eviction)
     check_against_oracle(model, rollout, eviction, range(2))
 
 
@@ -696,7 +696,7 @@ def test_1_and_so_for_a_prompt_that_is_read_in_several_parts(policy, monkeypatch
 def test_1_and_so_for_a_prompt_that_is_shorter_than_the_window(policy, monkeypatch):
     monkeypatch.setitem(smd.EVICTIONS, "random", smd.EVICTIONS["random"]._replace(score=decided_by_number))
     model, eviction = small_model(), Eviction(policy, 8, interval=3, window=6, sinks=1, pool=3)
-    rollout = smd.sample(model, *ragged_prompts((4, 3)), 2, 24, -1, eviction, torch.Generator().manual_seed(0))
+    rollout = smd.sample(model, *ragged_prompts((4, 3)), 2, 24, -1, eviction)
     check_against_oracle(model, rollout, eviction, range(4))
 
 
@@ -760,6 +760,50 @@ def test_1_what_is_evicted_after_the_last_query_was_evicted_from_nobody():
     assert got.flatten().tolist() == [2, 3, NEVER, NEVER, NEVER, 0, 0]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_1_what_is_drawn_for_a_prompt_depends_on_nothing_but_its_key(policy):
+    """Would catch draws in the order of a batch, or by a prompt's number in it."""
+    model = small_model()
+    together = ragged_rollout(model, policy, budget=0.4)
+    eviction = Eviction(policy, 0.4, interval=3, window=3, sinks=1)
+    key_N = streams.hashed(0, torch.arange(4))
+    # the same padding, so that a column is a column
+    for n in ([2], [3, 1], [1, 2, 0]):
+        apart = smd.sample(model, together.prompt_NP[n], together.pad_N[n], 3, 14, EOS, eviction, key_N[n])
+        rows = [3 * prompt + sample for prompt in n for sample in range(3)]
+        R = apart.response_BR.shape[1]
+        assert torch.equal(apart.response_BR, together.response_BR[rows, :R]) and apart.length_B.max() == R
+        assert torch.equal(apart.evicted_at_LBGT, together.evicted_at_LBGT[:, rows, :, : 30 + R])
+        compare("log-probs", apart.logp_BR, together.logp_BR[rows, :R], 1e-12)
+    other = smd.sample(model, *ragged_prompts(), 3, 14, EOS, eviction, key_N + 1)
+    assert not torch.equal(other.response_BR[:, :2], together.response_BR[:, :2]), "control: another key"
+
+
+def split_mix(*key: int) -> int:
+    """SplitMix64 as it is defined, in Python's integers: each part of a key moves the state on."""
+    state = 0
+    for part in key:
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state
+
+
+def test_1_a_hash_is_split_mix_and_its_numbers_are_uniform():
+    parts = [5, -3, 2**62, -(2**63)]
+    got = streams.hashed(7, torch.tensor(parts)[:, None], torch.tensor(parts))
+    assert got.tolist() == [[split_mix(7, a, b) for b in parts] for a in parts]
+    number = streams.uniform(1, torch.arange(300)[:, None], torch.arange(300))
+    assert number.min() >= 0 and number.max() < 1 and number.dtype == torch.float64
+    counts = torch.histc(number.flatten(), 100, 0, 1)
+    assert chi_square_p(counts.double(), torch.full((100,), 0.01, dtype=torch.float64)) > 1e-3
+    # neighbours in either direction know nothing of each other
+    for pairs in ((number[1:], number[:-1]), (number[:, 1:], number[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([x.flatten() for x in pairs]))[0, 1]) < 5 / 300
+
+
 @torch.no_grad()
 def test_1_given_tokens_are_scored_as_drawn_ones():
     model = small_model()
@@ -785,7 +829,7 @@ def test_1_tokens_are_drawn_from_the_distribution_that_is_recorded():
     model, prompts, S = small_model(layers=1), ragged_prompts((17,)), 20_000
     model.embed_tokens.weight.mul_(4.0)  # sharper distributions
     eviction = Eviction("snapkv", 8, interval=1, window=2)
-    drawn = smd.sample(model, *prompts, S, 2, -1, eviction, torch.Generator().manual_seed(0)).response_BR
+    drawn = smd.sample(model, *prompts, S, 2, -1, eviction).response_BR
     every = torch.arange(20)
     first_counts = torch.bincount(drawn[:, 0], minlength=20)
     prefix = first_counts.argmax()
@@ -806,9 +850,9 @@ def test_1_the_random_policy_keeps_every_key_alike_and_each_head_its_own():
     model, tokens = small_model(), torch.randint(EOS, (1, 12)).expand(600, -1)
     eviction = Eviction("random", 6, interval=1, window=2, sinks=1)
     # the second response token is what the first one is a query for
-    rollout = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction, torch.Generator().manual_seed(0))
-    again = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction, torch.Generator().manual_seed(0))
-    assert torch.equal(again.evicted_at_LBGT, rollout.evicted_at_LBGT), "something but the generator decides"
+    rollout = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction)
+    again = smd.sample(model, tokens, torch.zeros(600).long(), 1, 2, -1, eviction)
+    assert torch.equal(again.evicted_at_LBGT, rollout.evicted_at_LBGT), "something but the keys decides what is kept"
     kept_LBGT = rollout.evicted_at_LBGT[..., :12] > 12
     assert kept_LBGT[..., [0, 10, 11]].all() and (kept_LBGT.sum(dim=-1) == 6).all()
     share = kept_LBGT[..., 1:10].double().mean(dim=1)  # of each layer, head and key
@@ -825,10 +869,7 @@ def test_1_ties_of_knorm_do_not_depend_on_the_precision():
     single = small_model().float()
     prompts = ragged_prompts([40] * 50)
     eviction = Eviction("knorm", 12, interval=1)
-    records = [
-        smd.sample(m, *prompts, 1, 4, -1, eviction, torch.Generator().manual_seed(0)).evicted_at_LBGT[0, ..., :40] > 40
-        for m in (double, single)
-    ]
+    records = [smd.sample(m, *prompts, 1, 4, -1, eviction).evicted_at_LBGT[0, ..., :40] > 40 for m in (double, single)]
     assert torch.equal(*records)
     token = prompts[0][:, None].expand(-1, 2, -1)
     for n, g in itertools.product(range(50), range(2)):
@@ -858,20 +899,20 @@ def test_1_the_full_pass_takes_the_backend_that_it_is_given(monkeypatch):
     assert taken == [None] * 2 + ["torch"] * 2 + ["triton"] * 2
 
 
-# digests of tokens and record, made by the code that still kept a copy of the prompt for each sample
+# digests of tokens and record, made by the code that still kept a copy of the prompt for each sample (commit 37aa05f),
+# its draws by `streams.uniform`
 AS_BEFORE = dict(
-    streaming=("c73924ef74a2", "dcacab09c6d4"),
-    snapkv=("cdb1aad3859e", "957b81f5c301"),
-    h2o=("ecd07f678fb6", "1fe85296d92b"),
-    tova=("0c3165e94da8", "6b39edef56c7"),
-    knorm=("f6af951544d8", "79d02ddd26e1"),
-    rkv=("a8e700ccc627", "6f2b839896d3"),
-    random=("0d767c573b20", "bb9800d3f492"),
+    streaming=("dbad8b502c18", "7b622c6f80cc"),
+    snapkv=("722e84338bd3", "1bafe303fb0f"),
+    h2o=("95f18f4caaf8", "85eee5f8a646"),
+    tova=("d9d0013053de", "8e803990151c"),
+    knorm=("139e609516d4", "f871ea8b9812"),
+    rkv=("90f742fa2dcb", "ad3d1ece1336"),
 )
 
 
 @pytest.mark.parametrize("at_once", [8, 1])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", list(AS_BEFORE))
 @torch.no_grad()
 def test_1_tokens_and_record_are_those_of_a_cache_that_shares_nothing(policy, at_once, monkeypatch):
     monkeypatch.setattr(smd, "CHOOSING", at_once)
@@ -890,7 +931,7 @@ def test_1_a_protected_prompt_is_kept_whole_beside_a_budget_of_the_response(poli
     # with 0.2 of the prompts, 3 to 6 response keys
     for budget, most in ((5, torch.tensor([5, 5, 5, 5])), (0.2, torch.tensor([4, 3, 6, 3]))):
         eviction = Eviction(policy, budget, interval=3, window=3, sinks=2, pool=3, protect="prompt")
-        rollout = smd.sample(model, *prompts, 3, 24, EOS, eviction, torch.Generator().manual_seed(0))
+        rollout = smd.sample(model, *prompts, 3, 24, EOS, eviction)
         assert rollout.length_B.min() < rollout.length_B.max(), "no early end of sequence in this rollout"
         check_against_oracle(model, rollout, eviction, range(0, 12, 2))
         drawn = rollout.logp_BR[rollout.mask_BR]
@@ -905,11 +946,11 @@ def test_1_a_protected_prompt_is_kept_whole_beside_a_budget_of_the_response(poli
         assert (alive.sum(dim=-1) <= most.repeat_interleave(3)[:, None, None] + 3).all()
     # a prompt shorter than the sinks makes no sinks of the response
     few = Eviction(policy, 2, interval=1, window=2, sinks=4, protect="prompt")
-    short = smd.sample(model, *ragged_prompts((2,)), 1, 12, -1, few, torch.Generator().manual_seed(0)).evicted_at_LBGT
+    short = smd.sample(model, *ragged_prompts((2,)), 1, 12, -1, few).evicted_at_LBGT
     by_recency = smd.EVICTIONS[policy].sinks  # of these policies two keys are the two latest
     assert not by_recency or (short[..., 2:9] < NEVER).all(), "a response key stays for good"
     unprotected = dataclasses.replace(eviction, protect=None, budget=8)
-    rollout = smd.sample(model, *prompts, 3, 24, EOS, unprotected, torch.Generator().manual_seed(0))
+    rollout = smd.sample(model, *prompts, 3, 24, EOS, unprotected)
     assert (rollout.evicted_at_LBGT[..., :30] % NEVER != 0).any(), "control"
 
 
@@ -948,7 +989,7 @@ def test_1_a_real_model_is_replayed(policy, smollm2):
     """24 new tokens, a quarter of the prompt kept, evictions while decoding; 12 rows or more, as products want it."""
     eviction = dataclasses.replace(smollm2.eviction, policy=policy)
     prompts = text.tokenize(smollm2.form, smollm2.task.held_out(1), "cpu")
-    rollout = smd.sample(smollm2.model, *prompts, 12, 24, -1, eviction, torch.Generator().manual_seed(0))
+    rollout = smd.sample(smollm2.model, *prompts, 12, 24, -1, eviction)
     assert ((rollout.evicted_at_LBGT > prompts[0].shape[1]) & (rollout.evicted_at_LBGT < NEVER)).any()
     records = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
     hidden = smd.replay(smollm2.model, rollout, *records)
@@ -963,7 +1004,7 @@ def test_1_a_real_model_in_bfloat16(smollm2):
     examples, s = smollm2.task.held_out(1), smollm2.s
     smollm2.s = dataclasses.replace(s, dtype="bfloat16")
     try:
-        rollout, _ = smollm2.respond(examples, 12, True, torch.Generator().manual_seed(0))
+        rollout, _ = smollm2.respond(examples, 12, True, torch.arange(1))
         with device.precision(smollm2.s):
             found = smd.diagnose(smollm2.model, rollout, None)
     finally:
@@ -1285,7 +1326,7 @@ def test_4_the_bytes_are_those_of_the_allocator_and_few(policy, heads):
     eviction, pad = Eviction(policy, 256, window=4), torch.tensor([0])
 
     def chosen() -> smd.Cache:
-        cache = smd.Cache(pad, 1, P, 8, eviction, torch.Generator().manual_seed(0))
+        cache = smd.Cache(pad, 1, P, 8, eviction, torch.arange(1))
         cache.prefill(0, q, k, v)
         return cache
 
@@ -1321,7 +1362,7 @@ def test_4_and_so_while_decoding(policy, monkeypatch):
     caches = []
 
     def decoded() -> None:
-        cache = smd.Cache(torch.tensor([0, 5]), 8, 128, 14, Eviction(policy, 16), torch.Generator().manual_seed(0))
+        cache = smd.Cache(torch.tensor([0, 5]), 8, 128, 14, Eviction(policy, 16), torch.arange(2))
         caches.append(cache)
         cache.prefill(0, kv[0], *kv)
         cache.branch()
@@ -1339,10 +1380,7 @@ def test_4_and_so_while_decoding(policy, monkeypatch):
 # Lemma 5: policies, on cases small enough to work out by hand
 
 
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-def entries(k=None, pad=0, K=8, policy="streaming", q=None, received=None, keep=4, **eviction):
+def entries(k=None, pad=0, K=8, policy="streaming", q=None, received=None, keep=4, key=0, **eviction):
     """One sequence, one kv head with as many query heads as q has, K keys in columns 0 to K - 1."""
     k = torch.zeros(1, 1, K, 2, dtype=torch.float64) if k is None else torch.tensor(k, dtype=torch.float64)[None, None]
     q = torch.zeros(1, 1, 0, 2, dtype=torch.float64) if q is None else torch.tensor(q, dtype=torch.float64)[None]
@@ -1350,9 +1388,8 @@ def entries(k=None, pad=0, K=8, policy="streaming", q=None, received=None, keep=
     received = None if received is None else torch.tensor([[received]], dtype=torch.float64)
     eviction = Eviction(policy, keep, **eviction)
     limits = torch.tensor([pad]), torch.tensor([keep])
-    return smd.Entries(
-        eviction, GENERATOR, k[:, :, :0], k, column, column, column >= pad, received, q, *limits, K, now=K
-    )
+    of_keys = k[:, :, :0], k, column, column, column >= pad, received
+    return smd.Entries(eviction, torch.tensor([key]), 0, *of_keys, q, *limits, K, now=K)
 
 
 def kept(e) -> list[int]:
@@ -1389,7 +1426,7 @@ def test_5_the_attention_that_a_key_received_adds_up_over_prompt_and_response(mo
     sums = sums_of_layers(monkeypatch)
     model, P = small_model(), 150  # more than one block of queries
     prompts = text.pad_left([[1 + i * i % 17 for i in range(P)]], EOS, "cpu")
-    rollout = smd.sample(model, *prompts, 2, 6, -1, Eviction("h2o", P + 10), torch.Generator().manual_seed(0))
+    rollout = smd.sample(model, *prompts, 2, 6, -1, Eviction("h2o", P + 10))
     tokens = torch.cat((rollout.prompt_NP.expand(2, -1), rollout.response_BR[:, :-1]), dim=1)
     T, received = tokens.shape[1], []
     position = torch.arange(T).expand(2, -1)
@@ -1453,7 +1490,7 @@ def test_5_autocast_does_not_choose():
     received = torch.rand(200, 1, 16, generator=g)
     for policy in set(POLICIES) - {"random"}:
         e = smd.Entries(
-            Eviction(policy, 8), None, k[:, :, :0], k, column, column, column >= 0, received, q, *limits
+            Eviction(policy, 8), column[:, 0, 0], 0, k[:, :, :0], k, column, column, column >= 0, received, q, *limits
         )  # fmt: skip
         want = smd.victims(e)
         with torch.autocast("cpu", torch.bfloat16):
@@ -1461,8 +1498,8 @@ def test_5_autocast_does_not_choose():
 
 
 def test_5_random_is_uniform_between_sinks_and_window():
-    e = entries(policy="random", K=12, keep=6, sinks=1, window=2)
-    counts = torch.bincount(torch.tensor([kept(e) for _ in range(900)]).flatten(), minlength=12)
+    draws = [kept(entries(policy="random", K=12, keep=6, sinks=1, window=2, key=key)) for key in range(900)]
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=12)
     assert (counts[[0, 10, 11]] == 900).all()
     assert (counts[1:10] - 300).abs().max() < 5 * math.sqrt(900 * 1 / 3 * 2 / 3), counts
 
@@ -2386,15 +2423,14 @@ def test_9_what_is_held_out_is_never_trained_on(tmp_path):
 
 def test_9_prompts_depend_on_seed_and_step_alone():
     def prompts(step, **changes):
-        examples, generator = smd.agent_for(smd.checked(tiny(Path("."), **changes))).draw(step)
-        return examples, torch.rand(3, generator=generator).tolist()
+        examples, key_N = smd.agent_for(smd.checked(tiny(Path("."), **changes))).draw(step)
+        return examples, key_N.tolist()
 
     assert prompts(1) == prompts(1, method="naive", eviction="random", lr=0.1, samples=2)
-    generator = torch_stream("cpu", 3, 2, 7)
     drawn = chain(hops=2).draw(4, numpy_stream(3, 1, 7))
-    assert prompts(7, seed=3) == (drawn, torch.rand(3, generator=generator).tolist())
+    assert prompts(7, seed=3) == (drawn, [split_mix(3, 2, 7, n) for n in range(4)])
     for other in (prompts(2), prompts(1, seed=1)):
-        assert other[0] != prompts(1)[0] and other[1] != prompts(1)[1]
+        assert other[0] != prompts(1)[0] and not set(other[1]) & set(prompts(1)[1])
 
 
 class Solver:
@@ -2403,8 +2439,8 @@ class Solver:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, model, prompt_NP, pad_N, samples, max_new, eos, eviction, generator):
-        self.calls.append((len(prompt_NP), samples, eviction, generator.initial_seed()))
+    def __call__(self, model, prompt_NP, pad_N, samples, max_new, eos, eviction, key_N):
+        self.calls.append((len(prompt_NP), samples, eviction, key_N.tolist()))
         rows = []
         for prompt, pad in zip(prompt_NP.tolist(), pad_N.tolist(), strict=True):
             question = bytes(prompt[pad:]).decode()
@@ -2428,7 +2464,8 @@ def test_9_the_evaluation_knows_which_cache_was_right_about_which_question():
     assert [call[:3] for call in solver.calls] == [(n, 1, agent.eviction) for n in (64, 64, 22)] + [
         (n, 1, None) for n in (64, 64, 22)
     ]
-    assert len({seed for *_, seed in solver.calls}) == 1, "both caches draw from the same stream"
+    keys = [key for *_, key_N in solver.calls for key in key_N]
+    assert keys[:150] == keys[150:] and len(set(keys)) == 150, "each prompt draws the same with both caches"
     another, other_solver = solved(seed=5)
     assert another.evaluate() == found and other_solver.calls[-1] == solver.calls[-1], "the seed of the run decides"
 
@@ -2462,6 +2499,7 @@ def test_9_the_same_seed_asks_the_same_on_any_machine():
     readme = (HERE / "README.md").read_text()
     assert chain().held_out(1)[0].prompt in readme
     assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
+    assert streams.hashed(0, 1, torch.tensor(2)).item() == split_mix(0, 1, 2)
 
 
 def test_9_weights_begin_with_the_variance_that_is_said():
@@ -2792,7 +2830,7 @@ def held_out_reward(out: Path, count: int = 512) -> tuple[float, float]:
     agent = smd.agent_for(smd.checked(Settings(**runs.read_config(out, Settings), device="cpu")))
     runs.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     examples = agent.task.held_out(count)
-    texts = agent.respond(examples, 1, True, torch.Generator().manual_seed(0))[1]
+    texts = agent.respond(examples, 1, True, torch.arange(count))[1]
     rewards = [judge(e.prompt, text, e.answer) for e, text in zip(examples, texts, strict=True)]
     return statistics.mean(rewards), statistics.stdev(rewards) / count**0.5
 
@@ -3675,7 +3713,7 @@ def test_22_log_probs_and_sums_of_a_bfloat16_model_are_float32(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
             for policy in POLICIES:
                 eviction = Eviction(policy, 700 if policy == "h2o" else 64)
-                rollout = smd.sample(model, *prompts, 2, 6, EOS, eviction, torch.Generator().manual_seed(0))
+                rollout = smd.sample(model, *prompts, 2, 6, EOS, eviction)
                 s = loss_settings(objective="ppo")
                 batch = smd.prepare(smd.Policy(model, s), rollout, torch.arange(2.0), s)
                 for x in (rollout.logp_BR, batch.value_BR, batch.weight_BR, batch.advantage_BR):
@@ -3971,7 +4009,7 @@ def test_24_what_is_kept_is_what_kvpress_keeps(policy, name, smollm2, theirs):
     _, _, want = hugging_face.sample(theirs, press, prompt, 2)
     kept = int((want[0, 0, 0, : prompt.shape[1]] == NEVER).sum())
     eviction = Eviction(policy, kept, window=8, sinks=0, pool=5)
-    got = smd.sample(smollm2.model, prompt, pad, 1, 2, -1, eviction, torch.Generator().manual_seed(0)).evicted_at_LBGT
+    got = smd.sample(smollm2.model, prompt, pad, 1, 2, -1, eviction).evicted_at_LBGT
     P = prompt.shape[1]
     others = ((want[..., :P] == NEVER) != (got[..., :P] == NEVER)).sum(dim=-1)
     # knorm compares norms in steps of 0.1 %: of two keys that are closer, kvpress may keep the other one

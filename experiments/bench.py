@@ -25,7 +25,7 @@ from harness.agent import Agent
 from harness.device import clock
 from harness.memory import PeakBytes
 from harness.streams import PROMPTS as PROMPT_STREAM
-from harness.streams import SAMPLING, torch_stream
+from harness.streams import torch_stream
 from tiny_model import TinyModel
 
 REPEATS = 7
@@ -67,8 +67,8 @@ def learner() -> dict[str, float]:
     ):
         s = smd.checked(smd.Settings(method=method))
         agent = smd.agent_for(s)
-        examples, generator = agent.draw(step=1)
-        rollout, _ = agent.respond(examples, s.samples, smd.METHODS[method].evicts, generator)
+        examples, key_N = agent.draw(step=1)
+        rollout, _ = agent.respond(examples, s.samples, smd.METHODS[method].evicts, key_N)
         reward_B = torch.rand(len(rollout.response_BR), device=s.device)
         policy = smd.Policy(agent.model, s)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every repeat does the same
@@ -135,9 +135,8 @@ def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float, policy: str
     """N prompts of P random tokens, S samples of exactly R tokens; with a share of 1 from the full cache."""
     changes |= dict(budget=share, policy=policy)
     eviction = None if share == 1 else dataclasses.replace(agent.eviction, **changes)
-    generator = torch_stream(agent.s.device, 0, SAMPLING)
     # no token is -1, so that no response ends early
-    return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction, generator)
+    return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction)
 
 
 def sampler(agent: Agent, theirs) -> dict[str, float]:
@@ -196,10 +195,8 @@ def memory(agent: Agent) -> list[dict]:
     for P, R in ((128, 256), (128, 1024)):
         kept_whole = draw(agent, 1, P, 8, R, 0.25, protect="prompt")
         rows.append(row(f"{P:,} + {R:,} tokens, 8 x, all of it and 25 % beside it", kept_whole))
-    examples, generator = agent.draw(step=1)
-    rows.append(
-        row("the default job, 22 of 34 keys kept", agent.respond(examples, agent.s.samples, True, generator)[0])
-    )
+    examples, key_N = agent.draw(step=1)
+    rows.append(row("the default job, 22 of 34 keys kept", agent.respond(examples, agent.s.samples, True, key_N)[0]))
     return rows
 
 

@@ -15,7 +15,7 @@ import torch
 import smd
 from experiments.common import command, save
 from harness import runs
-from harness.streams import EVALUATION, torch_stream
+from harness.streams import EVALUATION
 from harness.tasks import Example
 from harness.text import check_prompt
 
@@ -48,8 +48,7 @@ def main() -> None:
     runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
     check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")
-    generator = torch_stream(agent.s.device, agent.s.seed, EVALUATION, 2)
-    rollout, (response,) = agent.respond([example], 1, True, generator)
+    rollout, (response,) = agent.respond([example], 1, True, agent.keys(1, agent.s.seed, EVALUATION, 2))
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
     draw(rollout, example.prompt, response, given.out / "mask.png")
 

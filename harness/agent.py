@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harness import device, pretrained, runs, streams, tasks
 from harness.base import SEED
@@ -58,20 +59,21 @@ class Agent:
                 self.source.load(self.model)
         self.model.to(s.device)
 
-    def draw(self, step: int) -> tuple[list[Example], torch.Generator]:
-        """The prompts of a training step, and the generator of its samples."""
+    def draw(self, step: int) -> tuple[list[Example], Tensor]:
+        """The prompts of a training step, and the keys (N,) of what is sampled for them."""
         examples = self.task.draw(self.s.prompts, streams.numpy_stream(self.s.seed, streams.PROMPTS, step))
-        return examples, streams.torch_stream(self.s.device, self.s.seed, streams.SAMPLING, step)
+        return examples, self.keys(len(examples), self.s.seed, streams.SAMPLING, step)
 
-    def respond(
-        self, examples: list[Example], samples: int, evict: bool, generator: torch.Generator, max_new: int | None = None
-    ):
+    def keys(self, count: int, *stream: int) -> Tensor:
+        return streams.hashed(*stream, torch.arange(count, device=self.s.device))
+
+    def respond(self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, max_new: int | None = None):
         """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
         prompts = tokenize(self.form, examples, self.s.device)
         limits = samples, max_new or self.s.max_new, self.encoding.eot_token
         eviction = self.eviction if evict else None
         with device.precision(self.s):
-            rollout = self.sample(self.model, *prompts, *limits, eviction, generator)
+            rollout = self.sample(self.model, *prompts, *limits, eviction, key_N)
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
 
     @torch.no_grad()
@@ -88,15 +90,15 @@ class Agent:
     def evaluate(self) -> dict[str, float]:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse and with the full cache."""
         held_out = self.task.held_out(self.s.eval_prompts)
+        key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.source is None else PRETRAINED_BATCH
-        batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
+        batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
         found = {}
         with Progress("evaluation", 2 * len(batches), lines=0) as progress:
             for cache, evict in (("sparse", True), ("dense", False)):
-                generator = streams.torch_stream(self.s.device, 0, streams.EVALUATION, 1)
                 texts = []
                 for batch in batches:
-                    texts += self.respond(batch, 1, evict, generator)[1]
+                    texts += self.respond(held_out[batch], 1, evict, key_N[batch])[1]
                     progress.step()
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
@@ -114,7 +116,7 @@ class Agent:
         check_prompt(self.form, example, max_new, self.context, "--prompt: ")
         lines = []
         for name, evict in (("sparse cache", True), ("full cache", False)):
-            generator = streams.torch_stream(self.s.device, self.s.seed, streams.EVALUATION, 2)
-            _, (response,) = self.respond([example], 1, evict, generator, max_new)
+            key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
+            _, (response,) = self.respond([example], 1, evict, key_N, max_new)
             lines.append(f"{name + ':':14}{response}")
         return "\n".join(lines)

@@ -81,6 +81,15 @@ def same_shape(**tensors: Tensor) -> None:
         raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
 
 
+def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
+    return logp_XV.gather(-1, token_X[:, None])[:, 0]
+
+
+def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
+    """One number for each response token as (B, R), zero past the end."""
+    return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
+
+
 def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
     """A_t = Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
     same_shape(value=value_BR, mask=mask_BR)
