@@ -30,7 +30,7 @@ def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
     )
     for l in range(L):
         for g in range(G):
-            dies = rollout.evicted_at_LBGT[l, 0, g, : T - 1]
+            dies = rollout.evicted_at_LBGT[l, 0, g, : T - 1].cpu()
             shade = torch.where(j > i, 0.0, torch.where(i < dies, 1.0, 0.25))
             axes[l, g].imshow(shade, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
             axes[l, g].set_title(f"layer {l}, head {g}", fontsize=8)

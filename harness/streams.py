@@ -39,8 +39,11 @@ def unsigned_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def uniform(*key: int | Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64, one for each key as in `hashed`."""
-    return unsigned_shift(hashed(*key), 11).double() * 2**-53
+    """Uniform numbers in [0, 1), float64, one for each key as in `hashed`.
+
+    Of 52 bits: so a multiple of any number is below that number, rounded too.
+    """
+    return unsigned_shift(hashed(*key), 12).double() * 2**-52
 
 
 def drawn(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
