@@ -33,7 +33,7 @@ SWEEPS = {
 }
 DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose
-RATES = dict(smd=4e-4, naive=2e-4, seq_is=1e-4)
+RATES = dict(smd=2e-4, naive=2e-4, seq_is=1e-4)
 
 
 def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> None:
