@@ -3792,6 +3792,23 @@ def test_22_parts_add_up_to_the_whole(method, objective):
         assert (other - slope).norm() < 1e-9 * slope.norm()
 
 
+@pytest.mark.parametrize("objective", smd.CHOICES["objective"])
+def test_22_responses_of_one_token_are_learned_from(objective):
+    """They have no rows behind their prompts, and what predicts them was seen by every learner alike."""
+    model, found = small_model(), []
+    eviction = Eviction("snapkv", 8, interval=3, window=3)
+    rollout = smd.sample(model, *ragged_prompts(), 3, 1, -1, eviction)
+    for method in ("smd", "naive"):
+        s = loss_settings(method=method, objective=objective, kl_ref=0.1, max_new=1)
+        policy = smd.Policy(model, s)
+        batch = smd.prepare(policy, rollout, torch.arange(12.0, dtype=torch.float64) % 5, s)
+        model.zero_grad()
+        smd.gradient(policy, batch, s)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    compare("one token", found[0], found[1], 1e-12)
+    assert found[0].norm() > 1e-3
+
+
 def test_22_minibatches_of_all_prompts_are_the_batch():
     """The mean over parts of a gradient that is a sum over prompts, before the first update."""
     model, s = small_model(), loss_settings(method="smd", lam=0.0)
