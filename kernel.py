@@ -95,7 +95,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
     i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
     j = torch.arange(evicted_at.shape[2], device=q.device)
     hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
-    # made again in the backward pass: weights and float64 copies of all layers would be most of its memory
+    # the backward pass makes weights and float64 copies again: kept for all layers, they were most of its memory
     out, _ = checkpoint(masked_attention, q, k, v, hidden, shared, use_reentrant=False, preserve_rng_state=False)
     # a row that sees nothing gives zeros and zero gradients
     blind = hidden.all(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)

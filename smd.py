@@ -811,8 +811,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     reward = reward or agent.task.reward
     tasks.check_reward(reward, agent.task.held_out(1)[0])
     policy = Policy(agent.model, s)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = policy.optimizer(s.lr)
     with run:
         if not run.resume(policy, optimizer):
             base.load_base(agent, run.fingerprint)

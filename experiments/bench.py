@@ -71,7 +71,7 @@ def learner() -> dict[str, float]:
         rollout, _ = agent.respond(examples, s.samples, smd.METHODS[method].evicts, key_N)
         reward_B = torch.rand(len(rollout.response_BR), device=s.device)
         policy = smd.Policy(agent.model, s)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every repeat does the same
+        optimizer = policy.optimizer(lr=0.0)  # every repeat does the same
         given = smd.prepare(policy, rollout, reward_B, s) if has_old else None
 
         def step(args=(policy, rollout, reward_B, s), optimizer=optimizer, given=given, shared=shares_prompt) -> None:
@@ -92,7 +92,7 @@ def long_learner(agent: Agent) -> dict[str, float]:
     s = dataclasses.replace(agent.s, prompts=PROMPTS, max_new=64)
     rollout = draw(agent, PROMPTS, PROMPT, SAMPLES, s.max_new, 0.25)
     policy = smd.Policy(agent.model, s)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    optimizer = policy.optimizer(lr=0.0)
     batch = smd.prepare(policy, rollout, torch.rand(len(rollout.response_BR), device=s.device), s)
     smd.update(policy, optimizer, batch, s, step=1)  # which makes the moments
     peak = PeakBytes()

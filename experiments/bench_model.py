@@ -45,7 +45,7 @@ def step(model: str, method: str, prompts: int) -> list[float]:
     agent = agent_of(model, method=method, prompts=prompts)
     s = agent.s
     policy = smd.Policy(agent.model, s)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = policy.optimizer(s.lr)
 
     def once(number: int) -> None:
         examples, key_N = agent.draw(number)

@@ -114,9 +114,9 @@ class Agent:
         max_new = self.s.max_new if self.source is None else max(ANSWER, self.s.max_new)
         example = Example(prompt, "")
         check_prompt(self.form, example, max_new, self.context, "--prompt: ")
+        key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         lines = []
         for name, evict in (("sparse cache", True), ("full cache", False)):
-            key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
             _, (response,) = self.respond([example], 1, evict, key_N, max_new)
             lines.append(f"{name + ':':14}{response}")
         return "\n".join(lines)

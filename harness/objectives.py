@@ -31,6 +31,11 @@ class Policy(nn.Module):
         if settings.objective == "dpo" or settings.kl_ref:
             self.reference = copy.deepcopy(model).requires_grad_(False)
 
+    def optimizer(self, lr: float) -> torch.optim.AdamW:
+        """Of all that is trained."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
     def value(self, hidden_XC: Tensor) -> Tensor:
         """What the critic expects as the reward (X,)."""
         return self.critic(hidden_XC)[:, 0].to(wide(hidden_XC.dtype))
