@@ -2594,7 +2594,7 @@ def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
     assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "not a mean over tokens"
 
 
-def test_9_the_base_policy_is_named_by_all_that_makes_it(tmp_path):
+def test_9_the_base_policy_is_named_by_all_that_makes_it(tmp_path, monkeypatch):
     def path(fingerprint=None, template="{prompt}", **changes):
         agent = smd.agent_for(smd.checked(tiny(tmp_path, **dict(backend="torch", warmup_steps=3) | changes)))
 
@@ -2604,6 +2604,16 @@ def test_9_the_base_policy_is_named_by_all_that_makes_it(tmp_path):
     others = path(warmup_steps=4), path(width=32), path(hops=3), path(fingerprint="f"), path(template="{prompt}?")
     names = [path(), *others]
     assert len(set(names)) == 6 and path() == names[0] and names[0].parent == Path("out/cache")
+    # oneDNN's products round otherwise than MKL's
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    monkeypatch.setattr(device, "faster_products", lambda: None)
+    for leave, same in (("none", before == "none"), ("bf16", before == "bf16")):
+        matmul.fp32_precision = leave
+        try:
+            assert (path() == names[0]) == same
+        finally:
+            matmul.fp32_precision = before
     texts = (
         "x = 1  # one",
         '"""A docstring."""\nx = 1',
