@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harness import base, cli, device, memory, report, runs, streams, tasks
+from harness import base, cli, device, memory, parallel, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import require
 from harness.objectives import (
@@ -65,6 +65,7 @@ from harness.objectives import (
     spread,
     value_loss,
 )
+from harness.rollout import Rollout
 from harness.settings import VALUES, Settings, completed
 from harness.store import LIVES, Store, pack
 from kernel import NEVER, masked_attention, products, shadow_attention
@@ -278,30 +279,6 @@ def victims(e: Entries) -> Tensor:
     return e.live_BGK & torch.zeros_like(e.live_BGK).scatter(-1, order_BGK, beyond_BGK.expand_as(order_BGK))
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """What the sampler did: recorded once, never recomputed, and all that the learner knows of it."""
-
-    prompt_NP: Tensor  # int64
-    pad_N: Tensor  # columns of padding before each prompt
-    response_BR: Tensor  # int64; row n·S + s is sample s of prompt n; its end of text included, then padding
-    logp_BR: Tensor  # log-prob of each response token in the distribution that it was drawn from; 0 after the end
-    length_B: Tensor  # response tokens, the end of text included
-    evicted_at_LBGT: Tensor  # int32: the first column whose query can no longer see the key
-    kv_bytes: int  # most bytes that the cache, its record and what chooses and moves its entries held
-    full_kv_bytes: int  # keys and values of a full cache, a prompt per sample
-    full_kv_bytes_shared: int  # the same with one prompt for its S samples
-
-    @property
-    def mask_BR(self) -> Tensor:
-        return torch.arange(self.response_BR.shape[1], device=self.length_B.device) < self.length_B[:, None]
-
-    @property
-    def never_evicted_LBGT(self) -> Tensor:
-        """evicted_at as a full cache would have left it: padding is hidden and nothing is ever evicted."""
-        return torch.where(self.evicted_at_LBGT == 0, 0, NEVER).to(torch.int32)
-
-
 class Cache:
     """What the sampler still has: of each prompt what was kept of it, once, and each sample's own tokens.
 
@@ -449,14 +426,13 @@ def sample(
         position_B1 = (P + cache.tokens - pad_B)[:, None]
         hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
         cache.token_done()
-    B, R, c = len(length_B), len(tokens), model.config
-    bytes_of_entry = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
-    full_bytes, shared_bytes = (n * bytes_of_entry for n in (B * (P + R - 1), N * P + B * (R - 1)))
+    R, c = len(tokens), model.config
+    entry_bytes = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
     with cache.memory:  # one layer after the other is given up for its record
         evicted_at_LBGT = torch.stack([cache.layers.pop(0).record(pad_N, P) for _ in range(c.layers)])
     evicted_at_LBGT = finished_record(evicted_at_LBGT[..., : P + R], P + length_B)
     drawn = torch.stack(tokens, dim=1), torch.stack(logps, dim=1), length_B
-    return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.memory.peak, full_bytes, shared_bytes)
+    return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.memory.peak, entry_bytes)
 
 
 def finished_record(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
@@ -614,8 +590,10 @@ def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
         drawn = of_tokens(shadow_XV, token_X), of_tokens(dense_XV, token_X)
         return *drawn, kl_divergence(shadow_XV, dense_XV), overlap_X
 
-    hidden = replay(model, rollout, rollout.evicted_at_LBGT, rollout.never_evicted_LBGT, backend=backend)
-    shadow_X, dense_X, kl_X, overlap_X = by_parts(compare, model, rollout, *hidden)
+    mine = rollout.of_this_process()
+    hidden = replay(model, mine, mine.evicted_at_LBGT, mine.never_evicted_LBGT, backend=backend)
+    found_BRF = torch.stack([spread(x, mine.mask_BR) for x in by_parts(compare, model, mine, *hidden)], dim=-1)
+    shadow_X, dense_X, kl_X, overlap_X = parallel.joined(found_BRF)[rollout.mask_BR].unbind(-1)
     drawn_X = rollout.logp_BR[rollout.mask_BR]
     log_ratio_X = dense_X.double() - drawn_X
     log_ratio_B = spread(log_ratio_X, rollout.mask_BR).sum(dim=1)
@@ -646,31 +624,29 @@ class Batch:
 
     def of_prompts(self, n: Tensor) -> "Batch":
         """The part of these prompts and of all their samples."""
-        S = len(self.reward_B) // len(self.rollout.prompt_NP)
-        b = (n[:, None] * S + torch.arange(S, device=n.device)).flatten()
-        r, rest = self.rollout, [getattr(self, f.name) for f in dataclasses.fields(self)[1:]]
-        by_n = dict(prompt_NP=r.prompt_NP[n], pad_N=r.pad_N[n])
-        by_b = dict(response_BR=r.response_BR[b], logp_BR=r.logp_BR[b], length_B=r.length_B[b])
-        rollout = dataclasses.replace(r, **by_n, **by_b, evicted_at_LBGT=r.evicted_at_LBGT[:, b])
-        return Batch(rollout, *(None if x is None else x[b] for x in rest))
+        rest = [getattr(self, f.name) for f in dataclasses.fields(self)[1:]]
+        N = len(self.rollout.pad_N)
+        of_n = [None if x is None else x.unflatten(0, (N, -1))[n].flatten(0, 1) for x in rest]
+        return Batch(self.rollout.of_prompts(n), *of_n)
 
 
 @torch.no_grad()
 def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> Batch:
     """Old log-probs, weights, advantages, values and reference log-probs, with the policy as it sampled."""
     method, mask_BR = METHODS[s.method], rollout.mask_BR
-    seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
+    mine = rollout.of_this_process()
+    seen_LBGT = mine.evicted_at_LBGT if method.replays else mine.never_evicted_LBGT
     old_logp_BR = rollout.logp_BR  # which is its own for a learner that replays
     value_BR = return_BR = ref_logp_BR = None
     if not method.replays or policy.critic is not None:
-        (hidden_XC,) = replay(policy.model, rollout, seen_LBGT, backend=s.backend)
+        (hidden_XC,) = replay(policy.model, mine, seen_LBGT, backend=s.backend)
         if not method.replays:
-            old_logp_BR = response_logp(policy.model, rollout, hidden_XC)
+            old_logp_BR = parallel.joined(response_logp(policy.model, mine, hidden_XC))
         if policy.critic is not None:
-            value_BR = spread(policy.value(hidden_XC), mask_BR)
+            value_BR = parallel.joined(spread(policy.value(hidden_XC), mine.mask_BR))
     if policy.reference is not None:
-        (hidden_XC,) = replay(policy.reference, rollout, seen_LBGT, backend=s.backend)
-        ref_logp_BR = response_logp(policy.reference, rollout, hidden_XC)
+        (hidden_XC,) = replay(policy.reference, mine, seen_LBGT, backend=s.backend)
+        ref_logp_BR = parallel.joined(response_logp(policy.reference, mine, hidden_XC))
     weight_BR = torch.ones_like(rollout.logp_BR)
     if method.weight is not None:
         weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, method.cap)
@@ -759,15 +735,20 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
 
 
 def gradient(policy: Policy, batch: Batch, s: Settings) -> dict:
-    """Add up the gradient of the loss, s.accumulate parts of the prompts one after the other; figures for the log."""
+    """Add up the gradient of the loss, s.accumulate parts of the prompts one after the other; figures for the log.
+
+    Of several processes each takes its share of the prompts, and all get the sum.
+    """
     whole = batch.counts
     rows = []
-    for n in torch.arange(len(batch.rollout.prompt_NP), device=batch.reward_B.device).tensor_split(s.accumulate):
+    for n in parallel.share_of(batch.rollout.pad_N).tensor_split(s.accumulate):
         seam = Seam()
         with device.precision(s):
             loss, row = learner_loss(policy, batch.of_prompts(n), s, whole, seam)
         seam.backward(loss)
         rows.append(row)
+    parallel.add_gradients(policy.parameters())
+    rows = parallel.listed(rows)
     total = {name: max if name == "replay_error" else sum for name in rows[0]}
     return {name: total[name](row[name] for row in rows) for name in rows[0]}
 
@@ -782,8 +763,15 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     s = agent.s
     watch = device.Stopwatch(s.device)
     examples, key_N = agent.draw(step)
-    rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, key_N)
-    rewards = tasks.score(reward, examples, texts)
+    mine = parallel.share(len(examples))
+
+    def sample_mine() -> tuple[Rollout, list[str], list[float]]:
+        rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, key_N, mine)
+        return rollout, texts, tasks.score(reward, examples[mine], texts)
+
+    rollout, *lists = parallel.agreed(sample_mine)
+    rollout = rollout.of_all_processes()
+    texts, rewards = map(parallel.listed, lists)
     row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(agent.task, texts, examples))
     watch.lap("sample")
     due = (step - 1) % DIAGNOSE_EVERY == 0
@@ -806,6 +794,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     is tried once first. UsageError for what cannot be used, FloatingPointError where something is not finite.
     """
     s = checked(settings)
+    parallel.begin(s.device)
     run = runs.Run(s)
     agent = agent_for(s)
     reward = reward or agent.task.reward
@@ -827,7 +816,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                     run.log(row, policy, optimizer)
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
-        agent.leave(run.out)
+        parallel.by_first(agent.leave, run.out)
         return run.finish(after, agent.task.held_out(1)[0].prompt)
 
 
@@ -836,6 +825,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = runs.parse(Settings, CHOICES, __doc__.splitlines()[0], argv)
         if settings.prompt is None:
             train(settings)
+            parallel.end()
         else:
             agent = agent_for(checked(settings))
             if settings.resume:
@@ -843,7 +833,8 @@ def main(argv: list[str] | None = None) -> int:
                 runs.restore_run(settings.out, Policy(agent.model, agent.s))
             print(agent.answer(settings.prompt))
 
-    return cli.run_command(run, "smd.py", "--resume --out FOLDER goes on from the last checkpoint")
+    hint = "--resume --out FOLDER goes on from the last checkpoint"
+    return cli.run_command(run, "smd.py", hint, speaks=parallel.LOCAL_RANK == 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import device, pretrained, runs, streams, tasks
+from harness import device, parallel, pretrained, runs, streams, tasks
 from harness.base import SEED
 from harness.cli import require
 from harness.report import Progress
@@ -67,13 +67,19 @@ class Agent:
     def keys(self, count: int, *stream: int) -> Tensor:
         return streams.hashed(*stream, torch.arange(count, device=self.s.device))
 
-    def respond(self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, max_new: int | None = None):
-        """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
-        prompts = tokenize(self.form, examples, self.s.device)
+    def respond(
+        self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, some: slice = slice(None),
+        max_new: int | None = None,
+    ):  # fmt: skip
+        """So many samples for some of the prompts, grouped by prompt: the rollout, and its responses as text.
+
+        All prompts are padded alike, whichever are answered.
+        """
+        prompt_NP, pad_N = tokenize(self.form, examples, self.s.device)
         limits = samples, max_new or self.s.max_new, self.encoding.eot_token
         eviction = self.eviction if evict else None
         with device.precision(self.s):
-            rollout = self.sample(self.model, *prompts, *limits, eviction, key_N)
+            rollout = self.sample(self.model, prompt_NP[some], pad_N[some], *limits, eviction, key_N[some])
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
 
     @torch.no_grad()
@@ -93,13 +99,20 @@ class Agent:
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.source is None else PRETRAINED_BATCH
         batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
+        # of several processes, each takes whole batches: so they are those of a single one
+        batches = batches[parallel.share(len(batches))]
+
+        def answers(evict: bool) -> list[str]:
+            texts = []
+            for batch in batches:
+                texts += self.respond(held_out[batch], 1, evict, key_N[batch])[1]
+                progress.step()
+            return texts
+
         found = {}
         with Progress("evaluation", 2 * len(batches), lines=0) as progress:
             for cache, evict in (("sparse", True), ("dense", False)):
-                texts = []
-                for batch in batches:
-                    texts += self.respond(held_out[batch], 1, evict, key_N[batch])[1]
-                    progress.step()
+                texts = parallel.listed(parallel.agreed(answers, evict))
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
 
@@ -117,6 +130,6 @@ class Agent:
         key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         lines = []
         for name, evict in (("sparse cache", True), ("full cache", False)):
-            _, (response,) = self.respond([example], 1, evict, key_N, max_new)
+            _, (response,) = self.respond([example], 1, evict, key_N, max_new=max_new)
             lines.append(f"{name + ':':14}{response}")
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kernel
 import tiny_model
-from harness import runs, streams, tasks, text
+from harness import parallel, runs, streams, tasks, text
 from harness.report import Progress
 from harness.streams import WARMUP, numpy_stream, torch_stream
 from harness.tasks import Example
@@ -146,16 +146,20 @@ def base_path(agent, fingerprint: str | None) -> Path:
 
 
 def load_base(agent, fingerprint: str | None) -> None:
-    """Give an agent's model the weights that RL starts from: kept from an earlier run, or made here and kept."""
-    steps = agent.s.warmup_steps
-    if agent.source is not None and steps == 0:
-        print(f"base policy: {agent.s.model}", flush=True)
+    """Give an agent's model the weights that RL starts from: kept from an earlier run, or made by the first process."""
+    if agent.source is not None and agent.s.warmup_steps == 0:
+        parallel.say(f"base policy: {agent.s.model}")
         return
     path = base_path(agent, fingerprint)
-    if path.exists():
-        runs.restore(path, agent.model, advice="delete it, and it is made anew")
-        print(f"base policy: read from {path}", flush=True)
-        return
+    if parallel.by_first(path.exists):
+        parallel.say(f"base policy: read from {path}")
+    else:
+        parallel.by_first(make_base, agent, path)
+    runs.restore(path, agent.model, advice="delete it, and it is made anew")
+
+
+def make_base(agent, path: Path) -> None:
+    """Take the supervised steps, and keep what they lead to."""
     print(
         f"base policy: supervised steps first, for chain about a minute on 2 cores; kept in {CACHE} for later runs",
         flush=True,
@@ -163,8 +167,8 @@ def load_base(agent, fingerprint: str | None) -> None:
     began = time.perf_counter()
     warm_up = WarmUp(agent)
     for lesson in agent.task.lessons:
-        warm_up.lesson(lesson, steps)
-    warm_up.lesson(None, steps)
+        warm_up.lesson(lesson, agent.s.warmup_steps)
+    warm_up.lesson(None, agent.s.warmup_steps)
     agent.model.zero_grad()
     runs.save(path, dict(weights=agent.model.state_dict()))
     print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)

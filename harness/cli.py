@@ -106,14 +106,23 @@ def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
     return dict(type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))
 
 
-def run_command(main: Callable[[], None], name: str, hint: str) -> int:
-    """Run a command and return its exit code: bad input ends with one line and 2, Ctrl-C with one line and 130."""
+def run_command(main: Callable[[], None], name: str, hint: str, speaks: bool = True) -> int:
+    """Run a command and return its exit code: bad input ends with one line and 2, Ctrl-C with one line and 130.
+
+    speaks: False in a process beside another that ends alike and speaks for both. That it lost another, each says.
+    """
     try:
         main()
+    except ConnectionError as e:
+        print(f"{name}: {e}; {hint}", file=sys.stderr)
+        return 1
     except (UsageError, FloatingPointError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        return 2
+        said, code = str(e), 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; {hint}", file=sys.stderr)
-        return 130
-    return 0
+        said, code = f"interrupted; {hint}", 130
+    else:
+        return 0
+    if not speaks:
+        return 0  # with another code, torchrun would end the process that speaks before it has spoken
+    print(f"{name}: {said}", file=sys.stderr)
+    return code

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from harness import parallel
+
 # the same colour for the same method in every picture, readable on white and on black
 COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
 SILENCE = 10.0  # seconds after which something is said, however little has been done
@@ -21,7 +23,8 @@ def colour(name: str) -> str:
 class Progress:
     """A bar where standard error is a terminal; where it is a file, so many lines on the way, at equal distances.
 
-    Where nothing has been said for SILENCE seconds there is a line, too. total: steps at most.
+    Where nothing has been said for SILENCE seconds there is a line, too. Of several processes, the first shows its own.
+    total: steps at most.
     """
 
     def __init__(self, name: str, total: int, done: int = 0, lines: int = 10):
@@ -31,12 +34,14 @@ class Progress:
         self.every = max(1, total // lines) if lines else total + 1
         self.last_line = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and parallel.RANK == 0:
             self.bar = tqdm(desc=name, total=total, initial=done, leave=False)
 
     def step(self, **figures: float) -> None:
         """One step is done; the figures are shown beside it."""
         self.done += 1
+        if parallel.RANK > 0:
+            return
         shown = {name: f"{value:.2f}" for name, value in figures.items()}
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)

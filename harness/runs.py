@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import kernel
-from harness import cli, device, pretrained, report
+from harness import cli, device, parallel, pretrained, report
 from harness.cli import UsageError, fixed_names, flag, require
 
 try:
@@ -143,7 +143,8 @@ def parse(settings: type, choices: dict, about: str, argv: list[str] | None):
 class Run:
     """A run's folder, which belongs to this process inside the `with` block, and the rows of its log.
 
-    What is printed about a run as a whole is printed here.
+    What is printed about a run as a whole is printed here. Of several processes, the first prints and writes, and what
+    it finds in the folder holds for all; from a checkpoint, each reads for itself.
     """
 
     def __init__(self, settings):
@@ -157,28 +158,35 @@ class Run:
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
+        self.lock: int | None = None
         if settings.out:
-            self.check_same(Path(settings.out))
+            parallel.by_first(self.check_same, Path(settings.out))
 
     def __enter__(self) -> "Run":
-        """Claim the folder; UsageError where another process has it."""
-        try:
-            self.out = Path(self.settings.out) if self.settings.out else self.new_folder()
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = self.claim()
-        except BlockingIOError as e:
-            raise UsageError(f"--out {self.out} is in use by another run; wait for it or take another --out") from e
-        except OSError as e:
-            raise UsageError(f"{e.filename or self.out} cannot be written: {e.strerror}; choose another --out") from e
+        self.out = parallel.by_first(self.claim)
         self.checkpoint_path = self.out / "checkpoint.pt"
         self.metrics_path = self.out / "metrics.jsonl"
         return self
 
-    def claim(self) -> int | None:
-        """Lock the folder until `__exit__`, or until the process ends, however it ends."""
+    def claim(self) -> Path:
+        """The run's folder, claimed; UsageError where another run has it."""
+        out = Path(self.settings.out) if self.settings.out else None
+        try:
+            out = out or self.new_folder()
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = self.locked(out)
+        except BlockingIOError as e:
+            raise UsageError(f"--out {out} is in use by another run; wait for it or take another --out") from e
+        except OSError as e:
+            raise UsageError(f"{e.filename or out} cannot be written: {e.strerror}; choose another --out") from e
+        return out
+
+    @staticmethod
+    def locked(out: Path) -> int | None:
+        """Lock a folder until `__exit__`, or until the process ends, however it ends."""
         if fcntl is None:
             return None
-        lock = os.open(self.out, os.O_RDONLY)
+        lock = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -213,8 +221,7 @@ class Run:
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""
-        self.check_same(self.out)  # once more: another process may have had the folder until now
-        known = self.settings.resume and self.checkpoint_path.exists()
+        known = parallel.by_first(self.has_checkpoint)
         if known:
             state = restore(self.checkpoint_path, policy, optimizer)
             self.rows = read_metrics(self.metrics_path, state["step"])
@@ -223,14 +230,23 @@ class Run:
             done, wanted = len(self.rows), self.settings.steps
             fits = done <= wanted
             require(fits, f"--out {self.out} is at step {done} already, got --steps {wanted}; give at least that many")
+        parallel.by_first(self.begin_to_write)
+        s = self.settings
+        processes = f" | {parallel.COUNT} processes" if parallel.COUNT > 1 else ""
+        backend = kernel.backend_for(s.device, s.backend)
+        parallel.say(f"run {self.out} | device {s.device} | attention backend {backend}{processes}")
+        if known:
+            parallel.say(f"resumed at step {len(self.rows)} of {s.steps}")
+        return known
+
+    def has_checkpoint(self) -> bool:
+        self.check_same(self.out)  # once more: another process may have had the folder until now
+        return self.settings.resume and self.checkpoint_path.exists()
+
+    def begin_to_write(self) -> None:
         self.write_config()
         # what a killed run logged beyond its checkpoint, whole or in part, is done again
         write(self.metrics_path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        s = self.settings
-        print(f"run {self.out} | device {s.device} | attention backend {kernel.backend_for(s.device, s.backend)}")
-        if known:
-            print(f"resumed at step {len(self.rows)} of {s.steps}", flush=True)
-        return known
 
     def write_config(self) -> None:
         # the old run goes before the new config comes: a kill in between must not leave its checkpoint beside it
@@ -256,7 +272,7 @@ class Run:
     def start(self, before: dict[str, float], policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the base policy and its accuracies."""
         self.before = before
-        print(f"base policy: {report.accuracies(before)}", flush=True)
+        parallel.say(f"base policy: {report.accuracies(before)}")
         self.save_checkpoint(policy, optimizer)
 
     @contextlib.contextmanager
@@ -278,15 +294,18 @@ class Run:
                 raise FloatingPointError(f"{name} is {value}")
         self.rows.append(row)
         due = len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.settings.steps
+        parallel.by_first(self.write_row, row, due)
+        if due:
+            self.save_checkpoint(policy, optimizer)
+
+    def write_row(self, row: dict, lasting: bool) -> None:
         if held_out := self.evaluated():
             tqdm.write(f"step {len(self.rows)}: {report.accuracies(held_out)}")  # above the bar, where there is one
         with open(self.metrics_path, "a") as f:
             print(json.dumps(row), file=f)
             f.flush()
-            if due:
+            if lasting:
                 os.fsync(f.fileno())  # a checkpoint must not outlive its rows
-        if due:
-            self.save_checkpoint(policy, optimizer)
 
     def evaluated(self) -> dict[str, float]:
         """Accuracies of the policy as it is, if they were taken after the last step or it is the base policy."""
@@ -302,7 +321,8 @@ class Run:
 
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state = dict(step=len(self.rows), before=self.before, seconds=self.seconds())
-        save(self.checkpoint_path, state | dict(weights=policy.state_dict(), optimizer=optimizer.state_dict()))
+        state |= dict(weights=policy.state_dict(), optimizer=optimizer.state_dict())
+        parallel.by_first(save, self.checkpoint_path, state)
 
     def largest(self, name: str) -> float | None:
         """Of all steps in which a figure was taken."""
@@ -310,6 +330,9 @@ class Run:
 
     def finish(self, after: dict[str, float], prompt: str) -> dict:
         """Write summary.json and the picture, print the table and a prompt to try: what summary.json holds."""
+        return parallel.by_first(self.summarise, after, prompt)
+
+    def summarise(self, after: dict[str, float], prompt: str) -> dict:
         summary = dict(out=str(self.out), steps=self.settings.steps, before=self.before, after=after)
         summary |= dict(
             visible_share=self.rows[-1]["visible_share"] if self.rows else None,

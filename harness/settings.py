@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import kernel
-from harness import device, tasks
+from harness import device, parallel, tasks
 from harness.cli import fill_in, flag, opt, require
 
 GROUPS = "everyday", "the sampler", "the learner", "task and model", "the run"
@@ -110,7 +110,9 @@ def completed(s: Settings) -> Settings:
     require(grouped, f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1")
     parts = f"--minibatches must divide --prompts = {s.prompts}, so that all sequences weigh the same"
     require(s.prompts % s.minibatches == 0, f"{parts}; got {s.minibatches}")
-    most = s.prompts // s.minibatches
-    require(s.accumulate <= most, f"--accumulate takes at most the {most} prompts of an update, got {s.accumulate}")
+    parallel.check(s)
+    most = s.prompts // s.minibatches // parallel.COUNT
+    parts = f"--accumulate takes at most the {most} prompts that a process has of an update"
+    require(s.accumulate <= most, f"{parts}, got {s.accumulate}")
     require(not (s.resume and s.overwrite), "--resume and --overwrite exclude each other; take one of them")
     return s
