@@ -55,6 +55,10 @@ EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STAGES = 2  # tiles in flight at once
 LIMIT = 16  # units of rounding by which the kernels may differ from the definition
+# in which the plain version adds up. In float64, float32 results do not depend on the order or the number of the hidden
+# keys, and a learner with the whole sequence before it reproduces the sampler's small cache to the bit; but most GPUs
+# do it at 1/64 of the rate of float32
+SUMS = {"cpu": torch.float64, "cuda": torch.float32}
 Shared = tuple[Tensor, Tensor] | None  # keys and values (N, G, P, D) of prompts, each read by all samples of its prompt
 
 
@@ -70,13 +74,12 @@ def products(q: Tensor, k: Tensor, shared_k: Tensor) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, shared: Shared = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention without the hidden pairs (B, G, Tq, P + Tk), in float64; a row needs a pair that is not hidden.
+    """Softmax attention without the hidden pairs (B, G, Tq, P + Tk); a row needs a pair that is not hidden.
 
     Returns the output (B, H, Tq, D), and the weights in the shape of `products`.
     """
-    # accumulated in float64: then float32 results do not depend on the order or the number of the hidden keys, and a
-    # learner with the whole sequence before it reproduces the sampler's small cache to the bit
-    q, k, v, shared_k, shared_v = (x.double() for x in (q, k, v, *(shared or (k[:, :, :0], v[:, :, :0]))))
+    sums = torch.promote_types(q.dtype, SUMS[q.device.type])
+    q, k, v, shared_k, shared_v = (x.to(sums) for x in (q, k, v, *(shared or (k[:, :, :0], v[:, :, :0]))))
     score = products(q, k, shared_k).mul_(q.shape[-1] ** -0.5)
     N, G, S, M, Tq, _ = score.shape
     P, Tk = shared_k.shape[2], k.shape[2]

@@ -74,7 +74,8 @@ from tiny_model import TinyModel, causal_attention, rope_positions, wide
 # what nobody has to turn, and why it is what it is
 CLIP = 0.2  # PPO's ε; bites from a batch's second update on
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
-SCRATCH = {"cpu": 2**19, "cuda": 2**28}  # numbers, in keys and again in values, made float64 at a time in decoding
+SCRATCH = {"cpu": 2**19, "cuda": 2**25}  # numbers, in keys and again in values, made wider at a time in decoding
+ASK = {"cpu": 1, "cuda": 8}  # tokens after which it is asked whether all have ended: on CUDA an answer is waited for
 LOGITS = 2**23  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
 ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
 CHOOSING = 8  # prompts whose samples choose at a time what they keep: what a choice makes is a part of the cache's peak
@@ -293,6 +294,7 @@ class Cache:
         self.key_N = key_N
         self.key_B = streams.hashed(key_N[:, None], torch.arange(S, device=pad_N.device)).flatten()
         self.pad_N, self.S, self.P, self.max_new = pad_N, S, P, max_new
+        self.padding_N = pad_N if pad_N.any() else None
         self.keep_N = self.eviction.keep(P - pad_N)
         protected = P if self.eviction.protect else 0
         self.least, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())
@@ -326,7 +328,7 @@ class Cache:
                 live_NGP = live_NGP & ~victims(e)
             q_NHWD = F.pad(q_NHWD, (0, 0, self.W - q_NHWD.shape[2], 0))
             self.layers.append(Store(k, v, live_NGP, e.received_BGK, q_NHWD, self.kept))
-        return causal_attention(q, k, v, self.pad_N)
+        return causal_attention(q, k, v, self.padding_N)
 
     def room(self) -> int:
         """Tokens until entries are chosen again, or until the last that is stored."""
@@ -343,7 +345,7 @@ class Cache:
         layer = self.layers[l]
         layer.add(q, k, v, column=self.kept + self.tokens)
         shared, own = layer.shared, layer.own
-        # some prompts at a time, because the float64 copies of all keys would leave the processor's cache
+        # some prompts at a time: on a CPU the float64 copies of all keys would leave the processor's cache
         numbers = shared.k_XGKD[0].numel() + self.S * own.k_XGKD[0].numel()
         outs = []
         for n, b in layer.parts(max(1, SCRATCH[q.device.type] // numbers)):
@@ -380,8 +382,10 @@ class Cache:
                         self.evict(l, n, b)
                 if self.room() < self.eviction.interval:  # nothing will be chosen any more
                     layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
-            for layer in self.layers:
-                layer.drop_dead(self.room())
+            # of all layers at once, because on CUDA the answer is waited for
+            counts = torch.stack([layer.seen_at_most() for layer in self.layers]).tolist()
+            for layer, (shared, own) in zip(self.layers, counts, strict=True):
+                layer.drop_dead(shared, own, self.room())
         self.used = min(self.used, self.most)
 
 
@@ -408,10 +412,10 @@ def sample(
     tokens, logps = [], []
     length_B = torch.zeros_like(pad_B)
     alive_B = torch.ones_like(pad_B, dtype=torch.bool)
+    finite = torch.ones_like(alive_B[0])
     while True:
         logp_BV = model.log_probs(hidden_BC)
-        if not logp_BV.isfinite().all():
-            raise FloatingPointError("the policy's logits are not finite")
+        finite &= logp_BV.isfinite().all()
         if forced_BR is None:
             drawn_B = streams.drawn(logp_BV, streams.uniform(len(tokens), cache.key_B))
         else:
@@ -420,18 +424,22 @@ def sample(
         logps.append(torch.where(alive_B, logp_BV.gather(1, drawn_B[:, None])[:, 0], 0.0))
         length_B += alive_B
         alive_B = alive_B & (drawn_B != eos)
-        if len(tokens) == max_new or not alive_B.any():
-            break
+        if len(tokens) == max_new or len(tokens) % ASK[pad_B.device.type] == 0:
+            all_finite, some_alive = torch.stack((finite, alive_B.any())).tolist()
+            if not all_finite:
+                raise FloatingPointError("the policy's logits are not finite")
+            if len(tokens) == max_new or not some_alive:
+                break
         # a sequence that has ended runs along with the others; `finished_record` drops what it writes from here on
         position_B1 = (P + cache.tokens - pad_B)[:, None]
         hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
         cache.token_done()
-    R, c = len(tokens), model.config
+    R, c = length_B.max().item(), model.config
     entry_bytes = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
     with cache.memory:  # one layer after the other is given up for its record
         evicted_at_LBGT = torch.stack([cache.layers.pop(0).record(pad_N, P) for _ in range(c.layers)])
     evicted_at_LBGT = finished_record(evicted_at_LBGT[..., : P + R], P + length_B)
-    drawn = torch.stack(tokens, dim=1), torch.stack(logps, dim=1), length_B
+    drawn = torch.stack(tokens[:R], dim=1), torch.stack(logps[:R], dim=1), length_B
     return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.memory.peak, entry_bytes)
 
 
@@ -463,11 +471,12 @@ def replay(
     # under a further record, a prompt has as many samples more: all of them go through the layers together
     tracks, S = len(records_LBGT), B // N
     seen_LBGT = torch.stack([record.unflatten(1, (N, S)) for record in records_LBGT], dim=2).flatten(1, 3)
+    padding_N = rollout.pad_N if rollout.pad_N.any() else None
     prompt_keys = []
 
     def attend_in_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prompt_keys.append((seam(k), seam(v)))
-        return causal_attention(q, k, v, rollout.pad_N)
+        return causal_attention(q, k, v, padding_N)
 
     def attend_behind_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # the last token is only ever predicted, by the token before it
@@ -720,8 +729,11 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Se
     generator = streams.torch_stream("cpu", s.seed, streams.MINIBATCHES, step)
     rows = []
     for _ in range(s.epochs):
-        shuffled_N = torch.randperm(N, generator=generator) if s.minibatches > 1 else torch.arange(N)
-        for n in shuffled_N.to(batch.reward_B.device).tensor_split(s.minibatches):
+        # shuffled on a CPU, so that the order is the same on any device
+        order_N = torch.arange(N, device="cpu")
+        if s.minibatches > 1:
+            order_N = torch.randperm(N, generator=generator, device="cpu")
+        for n in order_N.to(batch.reward_B.device).tensor_split(s.minibatches):
             row = gradient(policy, batch.of_prompts(n), s)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             if not (math.isfinite(row["loss"]) and norm.isfinite()):

@@ -34,6 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as smd.py does, and why is sa
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -58,6 +59,12 @@ device.faster_products()  # as every run does; before any test, so that all of t
 EOS = 19
 HERE = Path(__file__).parent
 POLICIES = list(smd.EVICTIONS)
+PAIRS = [
+    (method, objective)
+    for method in smd.METHODS
+    for objective in smd.VALUES["objective"]
+    if objective != "dpo" or smd.METHODS[method].weight is None
+]
 DRAW_CURVES = report.draw_curves
 
 
@@ -1140,7 +1147,7 @@ def test_2_the_prompts_own_attention_is_causal_and_blind_to_padding(pad):
     k, v = (x.requires_grad_() for x in torch.randn(2, 3, 2, 9, 6, dtype=torch.float64, generator=g))
     real = torch.arange(9) >= pad[:, None]
     record = never_evicted(pad, 9).expand(-1, 2, -1)
-    outs = [tiny_model.causal_attention(q, k, v, pad), shadow_attention(q, k, v, record)]
+    outs = [tiny_model.causal_attention(q, k, v, pad if pad.any() else None), shadow_attention(q, k, v, record)]
     assert outs[0].isfinite().all()
     outs = [out.transpose(1, 2)[real] for out in outs]
     compare("out", *outs, 1e-14)
@@ -1272,7 +1279,7 @@ def test_4_a_shared_key_leaves_when_no_sample_of_its_prompt_sees_it():
     slot = torch.tensor([[[1, 2, 3]], [[2, 3, 4]]])
     dies = torch.tensor([[[True, True, False]], [[True, False, True]]])
     layer.bury(slice(0, 2), slot, slot, dies, tokens=1)  # at first, slots stand in the order of columns
-    layer.drop_dead(room=1)
+    layer.drop_dead(*layer.seen_at_most().tolist(), room=1)
     assert layer.shared.k_XGKD.flatten().tolist() == [0, 1, 3]
     assert layer.shared.v_XGKD.flatten().tolist() == [10, 11, 13]
     assert layer.shared.column_XGK.flatten().tolist() == [0, 1, 3]
@@ -1286,7 +1293,7 @@ def test_4_a_shared_key_leaves_when_no_sample_of_its_prompt_sees_it():
     layer.bury(slice(0, 2), slot, column, dies, tokens=1)
     one, dies = torch.tensor([[[1]]]), torch.ones(1, 1, 1).bool()
     layer.bury(slice(1, 2), one, one, dies, tokens=1)
-    layer.drop_dead(room=0)
+    layer.drop_dead(*layer.seen_at_most().tolist(), room=0)
     assert layer.shared.k_XGKD.shape[2] == 0 and layer.own.k_XGKD[0].flatten().tolist() == [4]
 
 
@@ -4145,13 +4152,6 @@ def test_24_what_the_attention_does_not_compute_is_refused_and_scaling_is_taken(
 
 # Lemma 25: processes that share a step's prompts are one process
 
-PAIRS = [
-    (method, objective)
-    for method in smd.METHODS
-    for objective in smd.VALUES["objective"]
-    if objective != "dpo" or smd.METHODS[method].weight is None
-]
-
 
 @pytest.fixture
 def one_thread():
@@ -4332,3 +4332,120 @@ def test_25_what_processes_cannot_share_is_one_line(monkeypatch, capsys):
             assert smd.main(["--device", "cpu", *given]) == 2 * lines
             said = capsys.readouterr().err.splitlines()
             assert len(said) == lines and all(message in line for line in said), said
+
+
+# Lemma 26: what a GPU would refuse, or wait for, a CPU finds out
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits on CUDA until the device is done: a number that Python reads, a shape that values decide."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        real = torch.Tensor.tolist  # of a tensor on the CPU it calls nothing that could be counted
+
+        def tolist(tensor):
+            self.count += 1
+            return real(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += name in self.READS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_26_a_rollout_waits_for_the_device_once_in_several_tokens(policy, monkeypatch):
+    """Would catch a look at the device in every token, or in every layer whose entries are chosen."""
+    monkeypatch.setitem(smd.ASK, "cpu", 4)
+
+    def waits(layers: int, max_new: int) -> int:
+        model = small_model(layers=layers)
+        eviction = Eviction(policy, 8, interval=8, window=3, sinks=1)
+        never_drawn = model.config.vocab
+        with monkeypatch.context() as patch, Waits(patch) as mode:
+            rollout = smd.sample(model, *ragged_prompts(), 3, max_new, never_drawn, eviction)
+        assert rollout.response_BR.shape == (12, max_new)
+        return mode.count
+
+    few, many = waits(2, 16), waits(2, 48)
+    assert waits(4, 48) == many, "more layers wait more often"
+    # of 32 tokens, every fourth asks whether all have ended, and every eighth how many entries are left
+    assert many - few == 32 // 4 + 32 // 8
+    assert few < 20
+
+
+def test_26_asking_seldom_changes_nothing(monkeypatch):
+    model = small_model()
+    for seed in range(4):
+        by_token, seldom = [], []
+        for every, found in ((1, by_token), (5, seldom)):
+            monkeypatch.setitem(smd.ASK, "cpu", every)
+            rollout = ragged_rollout(model, seed=seed, max_new=40, samples=1, lengths=(17, 9))
+            found += [x for name, x in vars(rollout).items() if name != "kv_bytes"]
+        same = [
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(by_token, seldom, strict=True)
+        ]
+        assert all(same)
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        ragged_rollout(model, max_new=40)
+
+
+class OnlyWhereItIsSaid(TorchDispatchMode):
+    """Fails where anything is made on the default device, which the `with` block beside it sets to "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, made)):
+            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} has to do with a tensor of no device"
+        return made
+
+
+@pytest.mark.parametrize("method, objective", PAIRS)
+def test_26_nothing_is_made_on_the_default_device(method, objective, tmp_path):
+    """A step and an evaluation. The CUDA machine's default device is the CPU, which would refuse what lies on CUDA."""
+    s = smd.checked(tiny(tmp_path, method=method, objective=objective, kl_ref=0.1, accumulate=2, eval_prompts=3))
+    agent = smd.agent_for(s)
+    policy = smd.Policy(agent.model, s)
+    optimizer = policy.optimizer(s.lr)
+    with torch.device("meta"), OnlyWhereItIsSaid():
+        row = smd.train_step(agent, policy, optimizer, reward_of_bytes, 1)
+        agent.evaluate()
+    assert row["grad_norm"] > 0
+    with pytest.raises(AssertionError, match="no device"), torch.device("meta"), OnlyWhereItIsSaid():
+        torch.zeros(2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_26_nor_for_any_policy(policy):
+    model, prompts = small_model(torch.float32), ragged_prompts()
+    with torch.device("meta"), OnlyWhereItIsSaid():
+        smd.sample(model, *prompts, 3, 9, EOS, Eviction(policy, 8, interval=3, window=3, sinks=1))
+
+
+def test_26_sums_are_of_the_type_that_the_device_is_fast_in(monkeypatch):
+    """On CUDA float32, which leaves a replay error of rounding; float64 on a CPU leaves none."""
+    errors = {}
+    for sums in (torch.float64, torch.float32):
+        monkeypatch.setitem(kernel.SUMS, "cpu", sums)
+        rollout = ragged_rollout(small_model(torch.float32), samples=8)
+        replayed = replayed_logp(small_model(torch.float32), rollout, rollout.evicted_at_LBGT)
+        errors[sums] = (replayed - rollout.logp_BR[rollout.mask_BR]).abs().max().item()
+    assert errors[torch.float64] <= errors[torch.float32] < 1e-5
+    assert errors[torch.float32] > 0
+    double = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    assert kernel.masked_attention(double, double, double, torch.zeros(1, 1, 1, 1) > 0)[0].dtype == torch.float64
+
+
+def test_26_the_model_computes_in_bfloat16_where_there_are_units_for_it():
+    for name, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        assert smd.checked(Settings(device=name)).dtype == dtype
+    assert smd.checked(Settings(device="cuda", dtype="float32")).dtype == "float32"

@@ -74,9 +74,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor | None) -> Tensor:
     """Dense attention of q (B, H, T, D) to k and v (B, G, T, D), by torch's own kernel; rows of padding hold anything.
 
+    pad_B: None where there is no padding, which the caller finds out once, because CUDA makes it wait for the answer.
     Sampler and learner make this same call for the prompts, so that in the model's own type they agree to the bit.
     """
 
@@ -87,7 +88,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor) -> Tensor:
     attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     if q.device.type != "cpu":  # a key for each query head: not all of the fast kernels know groups
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if not pad_B.any():
+    if pad_B is None:
         return attention(q, k, v)
     # padding is turned round to the end, where no causal row looks: a mask would be T×T and keep off the fast kernels
     return turn(attention(*(turn(x, pad_B) for x in (q, k, v))), -pad_B)

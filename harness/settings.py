@@ -76,7 +76,9 @@ class Settings:
     )
     device: str | None = running(None, "where to compute (default: cuda where there is one)", free=True)
     backend: str | None = running(None, "attention (default: triton on cuda, else torch)", free=True)
-    dtype: str | None = running(None, "what sampler and learner compute in; the weights are float32 (default: float32)")
+    dtype: str | None = running(
+        None, "what sampler and learner compute in; the weights are float32 (default: bfloat16 on cuda, else float32)"
+    )
     overwrite: bool = running(False, "replace the run in --out", free=True)
 
 
@@ -93,7 +95,8 @@ OF_TASK = dict(hops="chain", facts="facts", asked="facts", reward="text")
 def completed(s: Settings) -> Settings:
     """Fill in what task, model and machine decide; UsageError for what does not fit together or has no effect."""
     task = "text" if s.data is not None else "chain" if s.model is None else "facts"
-    s = fill_in(s, device=device.default(), dtype="float32", task=task)
+    s = fill_in(s, device=device.default(), task=task)
+    s = fill_in(s, dtype="bfloat16" if s.device == "cuda" else "float32")
     for name, task in OF_TASK.items():
         unread = getattr(s, name) is not None and s.task != task
         require(not unread, f"{flag(name)} is read by --task {task} only, got --task {s.task}")

@@ -19,13 +19,11 @@ from kernel import NEVER
 LIVES = torch.iinfo(torch.int16).max  # also the longest response: nothing is evicted after its last token
 
 
-def pack(live_XGK: Tensor, count: int | None = None) -> Tensor:
+def pack(live_XGK: Tensor, count: int) -> Tensor:
     """Slots (X, G, count) of the live in their order, behind as many of the dead as fill up the row.
 
-    There are no more than K. Without a count, it is that of the live where they are most.
+    There are no more than K.
     """
-    if count is None:
-        count = live_XGK.sum(dim=-1).max().item()
     return live_XGK.byte().argsort(dim=-1, stable=True)[..., max(0, live_XGK.shape[-1] - count) :]
 
 
@@ -108,17 +106,26 @@ class Store:
         seen_BGK.scatter_(-1, slot_BGn, seen_BGK.gather(-1, slot_BGn) & ~dies_BGn)
         died_BGT.scatter_(-1, column_BGn, died_BGT.gather(-1, column_BGn).masked_fill(dies_BGn, tokens))
 
-    def drop_dead(self, room: int) -> None:
-        """What no sample sees leaves the store, the rest closes up, and there is room for so many new tokens."""
-        K = self.shared.column_XGK.shape[2]
-        shared_BGK, own_BGK = self.seen_BGK.tensor_split([K], dim=-1)
-        slot_NGn = pack(shared_BGK.unflatten(0, (-1, self.S)).any(dim=1))
-        slot_BGn = pack(own_BGK)
-        if slot_NGn.shape[2] < K:
+    def seen_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which slots are seen: (B, G, K) of `shared`, (N, G, K) the same by any sample, (B, G, K) of `own`."""
+        shared_BGK, own_BGK = self.seen_BGK.tensor_split([self.shared.column_XGK.shape[2]], dim=-1)
+        return shared_BGK, shared_BGK.unflatten(0, (-1, self.S)).any(dim=1), own_BGK
+
+    def seen_at_most(self) -> Tensor:
+        """How many slots of `shared`, and how many of `own`, are seen where they are most: (2,)."""
+        _, by_any_NGK, own_BGK = self.seen_parts()
+        return torch.stack([seen_XGK.sum(dim=-1).max() for seen_XGK in (by_any_NGK, own_BGK)])
+
+    def drop_dead(self, shared: int, own: int, room: int) -> None:
+        """Keep so many slots of either, which hold all that is seen, closed up, and add room for so many new tokens."""
+        shared_BGK, by_any_NGK, own_BGK = self.seen_parts()
+        if shared < by_any_NGK.shape[2]:
+            slot_NGn = pack(by_any_NGK, shared)
             self.shared.take(slot_NGn)
             shared_BGK = shared_BGK.gather(-1, slot_NGn.repeat_interleave(self.S, dim=0))
+        slot_BGn = pack(own_BGK, own)
         self.own.take(F.pad(slot_BGn, (0, room)))  # the new slots hold what slot 0 did, and nobody sees it
-        self.filled = slot_BGn.shape[2]
+        self.filled = own
         self.seen_BGK = torch.cat((shared_BGK, F.pad(own_BGK.gather(-1, slot_BGn), (0, room))), dim=-1)
 
     def record(self, pad_N: Tensor, P: int) -> Tensor:

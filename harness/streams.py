@@ -52,4 +52,6 @@ def drawn(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     In float64, because the sums of many small float32 numbers would be another on another device.
     """
     below_BV = logp_BV.double().exp().cumsum(dim=-1)
-    return torch.searchsorted(below_BV, uniform_B[:, None] * below_BV[:, -1:], right=True)[:, 0]
+    token_B = torch.searchsorted(below_BV, uniform_B[:, None] * below_BV[:, -1:], right=True)[:, 0]
+    # past the end is only what is not a number, and CUDA finds out later than it looks it up
+    return token_B.clamp(max=logp_BV.shape[1] - 1)
