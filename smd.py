@@ -726,14 +726,11 @@ def learner_loss(
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings, step: int) -> dict:
     """s.epochs times s.minibatches gradient steps; FloatingPointError where a loss or a gradient is not finite."""
     N = len(batch.rollout.prompt_NP)
-    generator = streams.torch_stream("cpu", s.seed, streams.MINIBATCHES, step)
+    rng = streams.numpy_stream(s.seed, streams.MINIBATCHES, step)
     rows = []
     for _ in range(s.epochs):
-        # shuffled on a CPU, so that the order is the same on any device
-        order_N = torch.arange(N, device="cpu")
-        if s.minibatches > 1:
-            order_N = torch.randperm(N, generator=generator, device="cpu")
-        for n in order_N.to(batch.reward_B.device).tensor_split(s.minibatches):
+        order_N = rng.permutation(N) if s.minibatches > 1 else range(N)
+        for n in torch.tensor(order_N, device=batch.reward_B.device).tensor_split(s.minibatches):
             row = gradient(policy, batch.of_prompts(n), s)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             if not (math.isfinite(row["loss"]) and norm.isfinite()):
