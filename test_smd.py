@@ -33,6 +33,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as smd.py does, and why is said there
 
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -3859,7 +3860,8 @@ def test_22_every_pair_trains(tmp_path, method, objective, capsys):
 def test_23_what_the_readme_names_exists():
     folder = Path(__file__).parent
     text = (folder / "README.md").read_text()
-    flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)} | set()
+    flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)}
+    flags |= set(torch.distributed.run.get_args_parser()._option_string_actions)
     for source in folder.glob("experiments/*.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source.read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install[^&\n]*", "", text)))

@@ -90,7 +90,8 @@ class Agent:
         record_L1GP = never_evicted(pad_N, tokens_NP.shape[1]).repeat(self.config.layers, 1, self.config.kv_heads, 1)
         with device.precision(self.s):
             logits_V = self.model.logits(self.model(tokens_NP, pad_N, record_L1GP)[0, -1])
-        if not all(x.isfinite().all() for x in (logits_V, *self.model.parameters())):
+        # one look at the device for all of them
+        if not torch.stack([x.isfinite().all() for x in (logits_V, *self.model.parameters())]).all():
             raise FloatingPointError("the updated policy is not finite")
 
     def evaluate(self) -> dict[str, float]:
