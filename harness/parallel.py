@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from harness.cli import UsageError, require
 
-# as torchrun tells each process
-COUNT, RANK, LOCAL_COUNT, LOCAL_RANK = (
-    int(os.environ.get(name, alone))
-    for name, alone in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
+# torchrun tells each process how many there are and which it is, in all and on this machine
+COUNT = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_COUNT = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PATIENCE = timedelta(days=1)  # for one another: the first makes the base policy alone
 
 

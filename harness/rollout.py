@@ -34,7 +34,9 @@ class Rollout:
     @property
     def never_evicted_LBGT(self) -> Tensor:
         """evicted_at as a full cache would have left it: padding is hidden and nothing is ever evicted."""
-        return torch.where(self.evicted_at_LBGT == 0, 0, NEVER).to(torch.int32)
+        # the same in all layers and heads: one, seen in all their places
+        one_1B1T = torch.where(self.evicted_at_LBGT[:1, :, :1] == 0, 0, NEVER).to(torch.int32)
+        return one_1B1T.expand_as(self.evicted_at_LBGT)
 
     @property
     def full_kv_bytes(self) -> int:
