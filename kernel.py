@@ -26,12 +26,15 @@ its keys to be born. With long epochs, it is visited long after most of its keys
 
     python kernel.py          checks the kernels against the definition; on a CPU under Triton's interpreter
 
-Letters: B sequences, H query and G kv heads, Tq queries, Tk keys, D head dim, I blocks of M queries, J tiles of N keys.
+Letters: B sequences, H query and G kv heads, Tq queries, Tk keys, D head dim, I blocks of M queries, J tiles of N keys,
+K keys in all tiles, L layers, U rows of a record that may differ from each other.
 """
 
 import itertools
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -53,7 +56,9 @@ except ImportError:  # there is no triton outside Linux; the plain version runs 
 NEVER = 2**31 - 1  # evicted_at of a key that is never evicted; padding has 0
 EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PAIRS = 2**19  # of a block and a tile, looked at at once
 STAGES = 2  # tiles in flight at once
+ALL_REGISTERS = 255  # that a thread can have; told no number, the compiler may spill a few to fit one block more
 LIMIT = 16  # units of rounding by which the kernels may differ from the definition
 # in which the plain version adds up. In float64, float32 results do not depend on the order or the number of the hidden
 # keys, and a learner with the whole sequence before it reproduces the sampler's small cache to the bit; but most GPUs
@@ -93,11 +98,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, shared: Sh
     return out.reshape(q.shape), weight
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int, shared: Shared = None) -> Tensor:
+class Layer(NamedTuple):
+    """One layer of a `Record`."""
+
+    evicted_at: Tensor  # (B, G, P + Tk) int32
+    tiles: Callable  # (q_start, Tq, blocks) -> `Tiles`; only the kernels ask for them
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int, shared: Shared = None) -> Tensor:
     """The definition, in plain PyTorch: `shadow_attention` without its checks."""
     i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
-    j = torch.arange(evicted_at.shape[2], device=q.device)
-    hidden = (j > i) | (i >= evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
+    j = torch.arange(layer.evicted_at.shape[2], device=q.device)
+    hidden = (j > i) | (i >= layer.evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
     # the backward pass makes weights and float64 copies again: kept for all layers, they were most of its memory
     out, _ = checkpoint(masked_attention, q, k, v, hidden, shared, use_reentrant=False, preserve_rng_state=False)
     # a row that sees nothing gives zeros and zero gradients
@@ -119,49 +131,103 @@ def block_sizes(dtype: torch.dtype, D: int, roomy: bool) -> Blocks:
     return Blocks(128 if roomy or D <= 64 else 64, 64, 64, 8)
 
 
+class Lists(NamedTuple):
+    """The tiles of each block, or the blocks of each tile, one after another in one vector, the rest left out."""
+
+    index: Tensor  # int32, in each: those visible in full, then those in part
+    bounds: Tensor  # int64 (U·I, 3) or (U·J, 3): where the first kind begins, where the second does, and where it ends
+
+
 class Tiles(NamedTuple):
-    """What one record makes of the T×T square: the order of the keys, and the tiles that may hold a visible pair."""
+    """What a record makes of the T×T square: the order of the keys, and the tiles that may hold a visible pair."""
 
     blocks: Blocks
     q_start: int
-    order_BGK: Tensor  # int64, position of the key at each sorted place; K is Tk rounded up to whole tiles
-    born_BGK: Tensor  # int32, the first query that may see the key; NEVER where no query does
-    dies_BGK: Tensor  # int32, the first that no longer does
-    tile_BGIJ: Tensor  # int32, tiles of each block: first those that are visible in full, then in part, then the rest
-    tiles_BGI2: Tensor  # int32, how many of the first and of the second kind
-    block_BGJI: Tensor  # the same from the side of the keys: blocks of each tile
-    blocks_BGJ2: Tensor
+    row_BG: Tensor  # int64, which of the U rows belongs to each head
+    order_UK: Tensor  # int64, position of the key at each sorted place
+    born_UK: Tensor  # int32, the first query that may see the key; NEVER where no query does
+    dies_UK: Tensor  # int32, the first that no longer does
+    by_block: Lists
+    by_tile: Lists
+
+
+def visibility(first: Tensor, last: Tensor, born: Tensor, all_born: Tensor, dies: Tensor, all_dead: Tensor) -> Tensor:
+    """Whether blocks of queries first to last see tiles in full, and whether perhaps in part: (rows, 2, columns)."""
+    full = (all_born <= first) & (last < dies)
+    some = (born <= last) & (first < all_dead)
+    return torch.stack((full, some & ~full), dim=1)
+
+
+def listed(row_X: Tensor, columns: int, seen: Callable) -> Lists:
+    """What each of the rows numbered row_X sees of the columns; `seen` gives the `visibility` of some of them."""
+    index, count = [], []
+    # some at a time: then memory grows with what is listed, not with all pairs
+    for x in row_X.split(max(1, PAIRS // max(1, columns))):
+        seen_x2y = seen(x)
+        index.append(seen_x2y.flatten(0, 1).nonzero()[:, 1].int())
+        count.append(seen_x2y.sum(dim=-1))
+    count_X2 = torch.cat(count)
+    end_X2 = count_X2.flatten().cumsum(0).view_as(count_X2)
+    return Lists(torch.cat(index), torch.cat((end_X2[:, :1] - count_X2[:, :1], end_X2), dim=1))
 
 
 def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
     """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit."""
+    B, G, Tk = evicted_at.shape
     last = q_start + Tq - 1
     # the last tile is filled up with copies of the last key that no query sees
-    evicted_at_BGK = F.pad(evicted_at, (0, -evicted_at.shape[-1] % blocks.N))
-    j = torch.arange(evicted_at_BGK.shape[-1], device=evicted_at.device)
+    evicted_at_UK = F.pad(evicted_at.flatten(0, 1), (0, -Tk % blocks.N))
+    U, K = evicted_at_UK.shape
+    j = torch.arange(K, device=evicted_at.device)
     first_query = j.clamp(min=q_start)  # that could see the key
-    unseen_BGK = (evicted_at_BGK <= first_query) | (j > last)
-    order_BGK = j.expand_as(evicted_at_BGK)
+    unseen_UK = (evicted_at_UK <= first_query) | (j > last)
+    order_UK = j.expand(U, K)
     if epoch is not None:
         # latest first, keys that no query sees last; a stable sort leaves each epoch in the order of positions
-        epoch_BGK = ((evicted_at_BGK - 1) // epoch).masked_fill(unseen_BGK, -1)
-        order_BGK = epoch_BGK.argsort(dim=-1, descending=True, stable=True)
-    born_BGK = torch.where(unseen_BGK, NEVER, j).int().gather(-1, order_BGK)
-    dies_BGK = evicted_at_BGK.masked_fill(unseen_BGK, 0).gather(-1, order_BGK)
-    # of the keys in each tile, the first and the last to be born and to die: each [B, G, 1, J]
-    born, all_born = born_BGK.unflatten(-1, (1, -1, blocks.N)).aminmax(dim=-1)
-    dies, all_dead = dies_BGK.unflatten(-1, (1, -1, blocks.N)).aminmax(dim=-1)
-    first_I1 = q_start + torch.arange(0, Tq, blocks.M, device=j.device)[:, None]
-    last_I1 = (first_I1 + blocks.M - 1).clamp(max=last)
-    some_BGIJ = (born <= last_I1) & (all_dead > first_I1)
-    full_BGIJ = (all_born <= first_I1) & (dies > last_I1)
-    # 0: visible in full, 1: perhaps in part, 2: not at all
-    kind_BGIJ = torch.where(full_BGIJ, 0, torch.where(some_BGIJ, 1, 2)).byte()
-    lists = []
-    for kind in (kind_BGIJ, kind_BGIJ.transpose(-1, -2).contiguous()):
-        lists.append(kind.argsort(dim=-1, stable=True).int())
-        lists.append(torch.stack(((kind == 0).sum(-1), (kind == 1).sum(-1)), dim=-1).int())
-    return Tiles(blocks, q_start, order_BGK.clamp(max=evicted_at.shape[-1] - 1), born_BGK, dies_BGK, *lists)
+        epoch_UK = ((evicted_at_UK - 1) // epoch).masked_fill(unseen_UK, -1)
+        order_UK = epoch_UK.argsort(dim=-1, descending=True, stable=True)
+    born_UK = torch.where(unseen_UK, NEVER, j).int().gather(-1, order_UK)
+    dies_UK = evicted_at_UK.masked_fill(unseen_UK, 0).gather(-1, order_UK)
+    # of the keys in each tile, the first and the last to be born and to die
+    (born, all_born), (dies, all_dead) = (x.unflatten(-1, (-1, blocks.N)).aminmax(dim=-1) for x in (born_UK, dies_UK))
+    life_4UJ = torch.stack((born, all_born, dies, all_dead))
+    first_I = q_start + torch.arange(0, Tq, blocks.M, device=j.device)
+    time_2I = torch.stack((first_I, (first_I + blocks.M - 1).clamp(max=last)))
+    I, J = len(first_I), K // blocks.N
+    block_X, tile_X = (torch.arange(U * number, device=j.device) for number in (I, J))
+    by_block = listed(block_X, J, lambda x: visibility(*time_2I[:, x % I, None], *life_4UJ[:, x // I]))
+    by_tile = listed(tile_X, I, lambda x: visibility(*time_2I, *life_4UJ.flatten(1)[:, x, None]))
+    row_BG = torch.arange(U, device=j.device).view(B, G)
+    return Tiles(blocks, q_start, row_BG, order_UK.clamp(max=Tk - 1), born_UK, dies_UK, by_block, by_tile)
+
+
+class Record:
+    """When the keys of all layers are evicted, int32 (L, B, G, Tk): `shadow_attention` takes record[l] in layer l.
+
+    The tiles of all layers are listed together, when the first layer asks for them. Where a view repeats its rows, in
+    dimensions of stride 0, they are listed once. Given several records, the sequences of each of the N `prompts` come
+    under the first of them, then under the second, and so on.
+    """
+
+    def __init__(self, *records_LBGT: Tensor, prompts: int = 1):
+        rows, numbers = [], []
+        for record in records_LBGT:
+            once = record[tuple(slice(1 if stride == 0 else None) for stride in record.stride()[:3])]
+            number = sum(map(len, rows)) + torch.arange(once[..., 0].numel(), device=record.device)
+            rows.append(once.flatten(0, 2))
+            numbers.append(number.view(once.shape[:3]).expand(record.shape[:3]).unflatten(1, (prompts, -1)))
+        self.evicted_at_UT = torch.cat(rows)
+        self.row_LBG = torch.cat(numbers, dim=2).flatten(1, 2)
+        self.listed = {}  # by q_start, Tq and blocks, which may change from layer to layer with the type of the queries
+
+    def __getitem__(self, l: int) -> Layer:
+        row_BG = self.row_LBG[l]
+        return Layer(self.evicted_at_UT[row_BG], partial(self.tiles, row_BG))
+
+    def tiles(self, row_BG: Tensor, *asked) -> Tiles:
+        if asked not in self.listed:
+            self.listed[asked] = list_tiles(self.evicted_at_UT[:, None], *asked)
+        return self.listed[asked]._replace(row_BG=row_BG)
 
 
 @jit
@@ -174,8 +240,9 @@ def visible(BORN, DIES, i, N: tl.constexpr):
 # In this and the next two kernels: tensors are contiguous, K and V in sorted order; scores are in units of log 2, since
 # exp2 is what the hardware has, so SCALE is log2(e)/√D; offsets between heads are 64-bit scalars, those within one
 # 32-bit. `shared` is H/G, the number of query heads that share a kv head. The grid is heads by blocks, or by tiles.
+# K and V lie by kv heads, lists and lives of keys by rows of the record, of which ROW tells each head its own.
 @jit
-def forward_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE,
+def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
                    SCALE, q_start, shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
     bh = tl.program_id(0).to(tl.int64)
@@ -190,19 +257,18 @@ def forward_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE,
     top = tl.full([M], -3e38, tl.float32)  # largest score so far; finite: a row that sees nothing subtracts it
     total = tl.zeros([M], tl.float32)  # Σ exp2(score - top)
     out = tl.zeros([M, D], tl.float32)
-    LIST += (bg * I + block) * J
-    COUNT += (bg * I + block) * 2
-    full = tl.load(COUNT)
+    own = tl.load(ROW + bg)
+    BOUNDS += (own * I + block) * 3
     # first the tiles that are visible in full, then, with the mask, those that are visible in part
     for masked in tl.static_range(2):
-        begin = full if masked else 0
-        end = full + tl.load(COUNT + 1) if masked else full
+        begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
         for step in range(begin, end):
-            first = (bg * J + tl.load(LIST + step)) * N
+            tile = tl.load(INDEX + step)
+            first, life = (bg * J + tile) * N, (own * J + tile) * N
             k = tl.load(K + first * D + at_key)  # [N, D]
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + first, DIES + first, q_start + row, N), score, -float("inf"))
+                score = tl.where(visible(BORN + life, DIES + life, q_start + row, N), score, -float("inf"))
             new = tl.maximum(top, tl.max(score, 1))
             weight = tl.exp2(score - new[:, None])
             shrink = tl.exp2(top - new)
@@ -216,8 +282,8 @@ def forward_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE,
 
 
 @jit
-def query_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start, shared,
-                          Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def query_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start,
+                          shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: δ_i, for the next kernel, and dq_i."""
     bh = tl.program_id(0).to(tl.int64)
     bg = bh // shared
@@ -233,19 +299,18 @@ def query_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, DOUT, DELT
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)
     lse = tl.load(LSE + bh * Tq + row, mask=row < Tq, other=0.0)
     dq = tl.zeros([M, D], tl.float32)
-    LIST += (bg * I + block) * J
-    COUNT += (bg * I + block) * 2
-    full = tl.load(COUNT)
+    own = tl.load(ROW + bg)
+    BOUNDS += (own * I + block) * 3
     for masked in tl.static_range(2):
-        begin = full if masked else 0
-        end = full + tl.load(COUNT + 1) if masked else full
+        begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
         for step in range(begin, end):
-            first = (bg * J + tl.load(LIST + step)) * N
+            tile = tl.load(INDEX + step)
+            first, life = (bg * J + tile) * N, (own * J + tile) * N
             k = tl.load(K + first * D + at_key)  # [N, D]
             v = tl.load(V + first * D + at_key)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + first, DIES + first, q_start + row, N), score, -float("inf"))
+                score = tl.where(visible(BORN + life, DIES + life, q_start + row, N), score, -float("inf"))
             p = tl.exp2(score - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -253,30 +318,30 @@ def query_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, OUT, LSE, DOUT, DELT
 
 
 @jit
-def key_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start, shared,
-                        Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr):  # fmt: skip
+def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start,
+                        shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                        R: tl.constexpr):  # fmt: skip
     """One tile of keys of one kv head: dk_j and dv_j over all query heads that share it; one writer, no atomics."""
     bg = tl.program_id(0).to(tl.int64)
-    tile = bg * J + tl.program_id(1)  # among those of all kv heads
-    first = tile * N
+    first = (bg * J + tl.program_id(1)) * N
     r = tl.arange(0, R)
     at = r[:, None] * D + tl.arange(0, D)
     at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
     k, v = tl.load(K + first * D + at_key), tl.load(V + first * D + at_key)  # [N, D]
     dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    LIST += tile * I
-    COUNT += tile * 2
-    full = tl.load(COUNT)
+    own = tl.load(ROW + bg) * J + tl.program_id(1)  # the tile's number among those of all rows
+    BORN += own * N
+    DIES += own * N
+    BOUNDS += own * 3
     slices: tl.constexpr = M // R  # of a block
     for head in range(shared):
         bh = bg * shared + head
         for masked in tl.static_range(2):
-            begin = full if masked else 0
-            end = full + tl.load(COUNT + 1) if masked else full
+            begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
             # one loop over the slices of all blocks, because only the innermost loop loads ahead
             for step in range(begin * slices, end * slices):
-                block = tl.load(LIST + step // slices)
-                start = block * M + step % slices * R
+                block = tl.load(INDEX + step // slices)
+                start = block * M + tl.cast(step % slices, tl.int32) * R
                 past = bh * Tq + start
                 inside = r < Tq - start
                 q = tl.load(Q + past * D + at, mask=inside[:, None], other=0.0)  # [R, D]
@@ -285,7 +350,7 @@ def key_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, LSE, DOUT, DELTA, DK, 
                 delta = tl.load(DELTA + past + r, mask=inside, other=0.0)
                 score = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [N, R]
                 if masked:
-                    seen = tl.trans(visible(BORN + first, DIES + first, q_start + start + r, N))
+                    seen = tl.trans(visible(BORN, DIES, q_start + start + r, N))
                     score = tl.where(seen, score, -float("inf"))
                 # rows past the end have p = 1 or 0, but do = δ = 0: they add nothing
                 p = tl.exp2(score - lse[None, :])
@@ -297,17 +362,18 @@ def key_gradient_kernel(Q, K, V, BORN, DIES, LIST, COUNT, LSE, DOUT, DELTA, DK, 
 
 
 def launch(kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others) -> None:
-    H, Tq, D = q.shape[1:]
-    B, G, I, J = tiles.tile_BGIJ.shape
+    B, H, Tq, D = q.shape
+    G, K = k.shape[1:3]
     M, N, R, num_warps = tiles.blocks
+    I, J = triton.cdiv(Tq, M), K // N
     sizes = dict(M=M, N=N, D=D)
-    grid, lists = (B * H, I), (tiles.tile_BGIJ, tiles.tiles_BGI2)
+    grid, lists = (B * H, I), tiles.by_block
     if kernel is key_gradient_kernel:
         sizes["R"] = R
-        grid, lists = (B * G, J), (tiles.block_BGJI, tiles.blocks_BGJ2)
-    args = q, k, v, tiles.born_BGK, tiles.dies_BGK, *lists, *others, tiles.q_start, H // G, Tq, I, J
+        grid, lists = (B * G, J), tiles.by_tile
+    args = q, k, v, tiles.row_BG, tiles.born_UK, tiles.dies_UK, *lists, *others, tiles.q_start, H // G, Tq, I, J
     with torch.cuda.device_of(q):  # triton launches on the current device
-        kernel[grid](*args, **sizes, num_warps=num_warps, num_stages=STAGES)
+        kernel[grid](*args, **sizes, num_warps=num_warps, num_stages=STAGES, maxnreg=ALL_REGISTERS)
 
 
 class TritonAttention(torch.autograd.Function):
@@ -334,29 +400,27 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def tiles_for(q: Tensor, evicted_at: Tensor, q_start: int) -> Tiles:
-    """`list_tiles` with the blocks that suit q's device and type, and no larger than the tensors."""
+def tiles_for(q: Tensor, layer: Layer, q_start: int) -> Tiles:
+    """The layer's tiles, in blocks that suit q's device and type and are no larger than the tensors."""
     Tq, D = q.shape[2:]
     roomy = q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin > 200_000
     M, N, R, num_warps = block_sizes(q.dtype, D, roomy)
     # triton multiplies matrices of 16 rows or more, in powers of two
-    queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, evicted_at.shape[2]))
-    blocks = Blocks(min(M, queries), min(N, keys), min(R, queries), num_warps)
-    return list_tiles(evicted_at, q_start, Tq, blocks)
+    queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, layer.evicted_at.shape[2]))
+    return layer.tiles(q_start, Tq, Blocks(min(M, queries), min(N, keys), min(R, queries), num_warps))
 
 
-def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int, shared: Shared = None, tiles: Tiles | None = None
-) -> Tensor:
-    """`attention_torch` at a cost that follows the visible pairs; accumulates in float32. `tiles`: listed before."""
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int, shared: Shared = None) -> Tensor:
+    """`attention_torch` at a cost that follows the visible pairs; accumulates in float32."""
     D = q.shape[-1]
     demand(q.dtype in DTYPES, f"backend 'triton' takes float32, bfloat16, float16, got {q.dtype}; take 'torch'")
     demand(D <= 128, f"backend 'triton' takes head dims up to 128, got {D}; take 'torch'")
     if shared:  # for now the kernels know keys of single sequences only
         repeated = (x.repeat_interleave(len(q) // len(x), dim=0) for x in shared)
         k, v = (torch.cat(both, dim=2) for both in zip(repeated, (k, v), strict=True))
-    tiles = tiles or tiles_for(q, evicted_at, q_start)
-    k, v = (t.take_along_dim(tiles.order_BGK[..., None], dim=2) for t in (k, v))
+    tiles = tiles_for(q, layer, q_start)
+    order_BGK = tiles.order_UK[tiles.row_BG]
+    k, v = (t.take_along_dim(order_BGK[..., None], dim=2) for t in (k, v))
     if pad := max(16, triton.next_power_of_2(D)) - D:
         q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))  # zeros add nothing to a score
     return TritonAttention.apply(q.contiguous(), k, v, tiles, D**-0.5)[..., :D]
@@ -385,17 +449,22 @@ def backend_for(device: str, backend: str | None) -> str:
 
 
 def shadow_attention(
-    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int = 0, backend: str | None = None,
+    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor | Layer, q_start: int = 0, backend: str | None = None,
     shared: Shared = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention in which query i sees key j if j <= i < evicted_at[j].
 
-    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, P + Tk) int32. shared: keys and values (N, G, P, D) of
-    prompts; sequence b reads those of prompt b // (B/N) before its own. Without it, P is 0. Key j stands at position j,
-    query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq, D); a row that sees
-    nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the best one for q's device.
-    Raises ValueError where shapes, types or devices do not fit together, or the backend cannot take them.
+    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, P + Tk) int32, or a layer of a `Record`. shared: keys and
+    values (N, G, P, D) of prompts; sequence b reads those of prompt b // (B/N) before its own. Without it, P is 0. Key
+    j stands at position j, query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq,
+    D); a row that sees nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the best
+    one for q's device. Raises ValueError where shapes, types or devices do not fit together, or the backend cannot
+    take them.
     """
+    layer = evicted_at
+    if isinstance(evicted_at, Tensor):
+        layer = Layer(evicted_at, partial(list_tiles, evicted_at))
+    evicted_at = layer.evicted_at
     tensors = q, k, v, evicted_at, *(shared or ())
     fits = [t.ndim for t in tensors] == [4, 4, 4, 3, 4, 4][: len(tensors)]
     if fits:
@@ -414,7 +483,7 @@ def shadow_attention(
     devices = {t.device for t in tensors}
     demand(len(devices) == 1, f"tensors must be on one device, got {', '.join(map(str, devices))}")
     demand(q_start >= 0, f"q_start must be at least 0, got {q_start}")
-    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, evicted_at, q_start, shared)
+    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, layer, q_start, shared)
 
 
 def check(device: str) -> dict[str, float]:

@@ -3057,30 +3057,134 @@ def test_10_bad_input_is_named():
 # Lemma 11: the kernels visit what they must and little more
 
 
+def lists_by_loops(record_T, order_K, q_start, Tq, M, N):
+    """For each block of queries the tiles visible in full and in part, and for each tile the blocks."""
+    T, end = len(record_T), q_start + Tq
+    lives = []
+    for place, j in enumerate(order_K):
+        # places behind the last key hold copies of it, which nobody sees
+        seen = place < T and max(j, q_start) < min(record_T[j], end)
+        lives.append((j, record_T[j]) if seen else (NEVER, 0))
+    by_block = [([], []) for _ in range(0, Tq, M)]
+    by_tile = [([], []) for _ in range(0, len(lives), N)]
+    for block, first in enumerate(range(q_start, end, M)):
+        last = min(first + M, end) - 1
+        for tile in range(len(by_tile)):
+            born, dies = zip(*lives[tile * N : (tile + 1) * N], strict=True)
+            in_full = max(born) <= first and last < min(dies)
+            if in_full or (min(born) <= last and first < max(dies)):
+                by_block[block][not in_full].append(tile)
+                by_tile[tile][not in_full].append(block)
+    return by_block, by_tile
+
+
+def listed_for(lists, rows):
+    """What `lists` hold for each of these rows: visible in full, and in part."""
+    bounds = lists.bounds[rows].tolist()
+    return [(lists.index[a:b].tolist(), lists.index[b:c].tolist()) for a, b, c in bounds]
+
+
+@pytest.mark.parametrize("pairs", [1, 50, kernel.PAIRS])
 @pytest.mark.parametrize("kind", ["random", "compressed", "rolling", "nothing"])
-def test_11_the_lists_hold_every_visible_pair_once(kind):
-    T, q_start, M, N = 100, 13, 16, 32
+def test_11_the_lists_hold_every_visible_pair_once(kind, pairs, monkeypatch):
+    T, q_start, M, N = 100, 15, 16, 32
+    monkeypatch.setattr(kernel, "PAIRS", pairs)  # looked at at once: a row, some rows, all
     record = records(kind, 2, 2, T)
+    record[0, 1] = T  # then a tile's last key is born with the first query of a block, and all die after the last query
     tiles = kernel.list_tiles(record, q_start, T - q_start, kernel.Blocks(M, N, 16, 4), epoch=20)
+    I, J = -(-(T - q_start) // M), -(-T // N)
     i, j = torch.arange(q_start, T)[:, None], torch.arange(T)
-    for b, g in ((0, 0), (1, 1)):
-        visible = (j <= i) & (i < record[b, g])
-        order = tiles.order_BGK[b, g]
-        assert sorted(order[:T].tolist()) == list(range(T))
-        for block in range(-(-(T - q_start) // M)):
-            rows, seen = visible[block * M : (block + 1) * M], torch.zeros(T, dtype=torch.bool)
-            full, part = tiles.tiles_BGI2[b, g, block].tolist()
-            for n, tile in enumerate(tiles.tile_BGIJ[b, g, block, : full + part].tolist()):
-                places = range(tile * N, (tile + 1) * N)
-                keys = order[[p for p in places if p < T]]
-                assert not seen[keys].any(), "a tile is visited twice"
-                seen[keys] = True
-                assert n >= full or (len(keys) == N and rows[:, keys].all()), "a tile is not visible in full"
-                full_blocks, part_blocks = tiles.blocks_BGJ2[b, g, tile].tolist()
-                listed = tiles.block_BGJI[b, g, tile, : full_blocks + part_blocks].tolist()
-                assert listed.index(block) < full_blocks if n < full else listed.index(block) >= full_blocks
-            assert not rows[:, ~seen].any(), "a visible pair is in no tile"
-        assert tiles.blocks_BGJ2[b, g].sum() == tiles.tiles_BGI2[b, g].sum()
+    assert tiles.row_BG.tolist() == [[0, 1], [2, 3]]
+    for u, record_T in enumerate(record.flatten(0, 1)):
+        order = tiles.order_UK[u].tolist()
+        assert sorted(order[:T]) == list(range(T))
+        by_block = listed_for(tiles.by_block, range(u * I, (u + 1) * I))
+        by_tile = listed_for(tiles.by_tile, range(u * J, (u + 1) * J))
+        assert (by_block, by_tile) == lists_by_loops(record_T.tolist(), order, q_start, T - q_start, M, N)
+        for block, (full, part) in enumerate(by_block):
+            visible = ((j <= i) & (i < record_T))[block * M : (block + 1) * M]
+            in_full, in_part = ([order[tile * N + n] for tile in kind for n in range(N)] for kind in (full, part))
+            assert visible[:, in_full].all(), "a tile is not visible in full"
+            visible[:, in_full + in_part] = False
+            assert not visible.any(), "a visible pair is in no tile"
+
+
+@pytest.mark.parametrize("M, N", [(128, 64), (16, 32)], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["compressed", "rolling"])
+def test_11_the_memory_of_the_lists_follows_the_tiles_that_are_visited(kind, M, N):
+    """Catches lists with a place for every pair of a block and a tile: 47 and 677 MB for one head."""
+    T = 131_072
+    row = kernels.compressed_once(T, 0.25, 0) if kind == "compressed" else kernels.rolling(T, 1024, 128, 0)
+    with PeakBytes() as memory:
+        tiles = kernel.list_tiles(row[None, None], 0, T, kernel.Blocks(M, N, 16, 4))
+    visited = len(tiles.by_block.index)
+    # while the one side is put together, the other is there
+    assert memory.peak < 12 * visited + 100 * T + 2**24
+    kept = 8 * visited + 24 * (T // M + T // N) + 16 * T
+    assert sum(x.nbytes for x in tree_leaves(tiles) if isinstance(x, torch.Tensor)) < kept + 100
+    assert visited < (T // M) * (T // N) / (2 if kind == "compressed" else 50), "control"
+
+
+def operations(run) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting() as counting:
+        run()
+    return counting.count
+
+
+def test_11_the_tiles_of_all_layers_and_records_are_listed_once():
+    N, S, G, T, q_start = 2, 3, 2, 40, 25
+    how = q_start, T - q_start, kernel.Blocks(16, 16, 16, 4)
+
+    def pair(L):
+        evicted_at = torch.stack([records(kind, N * S, G, T) for kind in ("random", "compressed", "rolling")[:L]])
+        pad = torch.arange(N).repeat_interleave(S)
+        return evicted_at, never_evicted(pad, T).expand(L, N * S, G, T)
+
+    two = pair(3)
+    record = kernel.Record(*two, prompts=N)
+    # by hand: of each prompt, its samples under the first record, then under the second
+    order = [sample + track * N * S for n in range(N) for track in range(2) for sample in range(n * S, (n + 1) * S)]
+    for l in range(3):
+        layer = record[l]
+        assert torch.equal(layer.evicted_at, torch.cat([x[l] for x in two])[order])
+        got, want = layer.tiles(*how), kernel.list_tiles(layer.evicted_at, *how)
+        for name in ("order_UK", "born_UK", "dies_UK"):
+            assert torch.equal(getattr(got, name)[got.row_BG].flatten(0, 1), getattr(want, name)), name
+        for got_lists, want_lists in ((got.by_block, want.by_block), (got.by_tile, want.by_tile)):
+            count = len(want_lists.bounds) // want.row_BG.numel()
+            rows = [row * count + i for row in got.row_BG.flatten().tolist() for i in range(count)]
+            assert listed_for(got_lists, rows) == listed_for(want_lists, range(len(rows)))
+    assert len(got.born_UK) == 3 * N * S * G + N * S, "what is never evicted is listed for each layer or head"
+
+    two, three = (kernel.Record(*pair(L), prompts=N) for L in (2, 3))
+    assert operations(lambda: two[0].tiles(*how)) == operations(lambda: three[0].tiles(*how)), "layer after layer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "list_tiles", lambda *_: pytest.fail("listed again"))
+        assert three[2].tiles(*how).by_block is three[0].tiles(*how).by_block
+        with pytest.raises(pytest.fail.Exception):
+            three[0].tiles(*how[:2], kernel.Blocks(32, 16, 16, 4))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_11_attention_takes_a_layer_of_a_record(backend):
+    (q, k, v), record = triton_case(T=40)
+    q, k, v = (x.detach().repeat_interleave(2, dim=0).requires_grad_() for x in (q, k, v))
+    # in the second layer no head's row is where it would be if there were that layer only
+    two, never = torch.stack((record, record.flip(1))), never_evicted(torch.arange(2, device=GPU), 40)
+    for l, layer in enumerate(kernel.Record(two, never.expand(2, 2, 2, 40), prompts=2)):
+        evicted_at = torch.stack((two[l], never.expand(2, 2, 40)), dim=1).flatten(0, 1)
+        outs = [shadow_attention(q, k, v, seen, backend=backend) for seen in (layer, evicted_at)]
+        got, want = ((out, *torch.autograd.grad(out.square().sum(), (q, k, v))) for out in outs)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("T", [8192, 32768])
@@ -3095,6 +3199,16 @@ def test_11_the_area_of_the_tiles_follows_the_visible_pairs(T):
     # controls: in the order of position, and of the exact time of death, it does not hold
     assert kernels.tile_ratio(record, 0, T, blocks, epoch=None) > 3
     assert kernels.tile_ratio(record, 0, T, blocks, epoch=1) > 2
+
+
+def test_11_the_benchmark_times_the_kernels_with_tiles_listed_before(monkeypatch):
+    """Catches tiles that were given in the place of the shared keys."""
+    (q, k, v), record = triton_case()
+    monkeypatch.setattr(kernels, "H", 4)
+    monkeypatch.setattr(kernels, "G", 2)
+    attention = kernels.cuda_contenders(q[:, :, 40:], k, v, record, 40)["ours"]()
+    monkeypatch.setattr(kernel, "list_tiles", lambda *_: pytest.fail("listed while the attention is timed"))
+    compare("out", attention(), shadow_attention(q[:, :, 40:], k, v, record, 40, backend="torch"), 1e-5)
 
 
 def test_11_the_benchmark_on_a_cpu_prints_only_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -3128,11 +3242,11 @@ def compile_ahead(job) -> dict:
     M, N, R, num_warps = kernel.block_sizes(getattr(torch, dtype), D, roomy=ARCHITECTURES[capability] > 200_000)
     sizes = {n: s for n, s in dict(M=M, N=N, D=D, R=R).items() if n in source.arg_names}
     kinds = dict.fromkeys(("Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"), "*" + t)
-    kinds |= dict.fromkeys(("BORN", "DIES", "LIST", "COUNT"), "*i32") | dict.fromkeys(sizes, "constexpr")
-    kinds |= dict(LSE="*fp32", DELTA="*fp32", SCALE="fp32", scale="fp32")
+    kinds |= dict.fromkeys(("BORN", "DIES", "INDEX"), "*i32") | dict.fromkeys(("ROW", "BOUNDS"), "*i64")
+    kinds |= dict(LSE="*fp32", DELTA="*fp32", SCALE="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
     signature = {n: kinds.get(n, "i32") for n in source.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    options = dict(num_warps=num_warps, num_stages=kernel.STAGES)
+    options = dict(num_warps=num_warps, num_stages=kernel.STAGES, maxnreg=kernel.ALL_REGISTERS)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(ASTSource(source, signature, sizes, aligned), target=target, options=options)
     ptx, tools = compiled.asm["ptx"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 import kernel
-from kernel import EPOCH, NEVER, Blocks
+from kernel import EPOCH, NEVER, Blocks, Record
 
 H, G = 16, 4
 LENGTHS = 2048, 8192, 32768
@@ -72,7 +72,8 @@ def visible_pairs(evicted_at: Tensor, q_start: int, Tq: int) -> int:
 
 def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> float:
     """Area of the tiles that are visited over visible pairs: 1 would be a kernel that wastes nothing."""
-    visited = kernel.list_tiles(evicted_at, q_start, Tq, blocks, epoch).tiles_BGI2.sum().item()
+    tiles = kernel.list_tiles(evicted_at, q_start, Tq, blocks, epoch)
+    visited = len(tiles.by_block.index)
     return visited * blocks.M * blocks.N / visible_pairs(evicted_at, q_start, Tq)
 
 
@@ -123,8 +124,9 @@ def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
     attention = torch.compile(flex_attention.flex_attention, dynamic=False)
 
     def ours():
-        tiles = kernel.tiles_for(q, evicted_at, q_start)
-        return lambda: kernel.attention_triton(q, k, v, evicted_at, q_start, tiles)
+        layer = Record(evicted_at[None])[0]
+        kernel.tiles_for(q, layer, q_start)  # listed here, not when the attention is timed
+        return lambda: kernel.attention_triton(q, k, v, layer, q_start)
 
     def flash() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -147,7 +149,7 @@ def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
 
 
 def cpu_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    plain = partial(kernel.attention_torch, q, k, v, evicted_at, q_start)
+    plain = partial(kernel.attention_torch, q, k, v, Record(evicted_at[None])[0], q_start)
     return dict(torch=lambda: plain, dense=lambda: partial(dense_sdpa, q, k, v))
 
 
