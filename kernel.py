@@ -57,7 +57,7 @@ NEVER = 2**31 - 1  # evicted_at of a key that is never evicted; padding has 0
 EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = 2**19  # of a block and a tile, looked at at once
-STAGES = 2  # tiles in flight at once
+STAGES = 3  # tiles in shared memory: while one is at work, the next is on its way
 ALL_REGISTERS = 255  # that a thread can have; told no number, the compiler may spill a few to fit one block more
 LIMIT = 16  # units of rounding by which the kernels may differ from the definition
 # in which the plain version adds up. In float64, float32 results do not depend on the order or the number of the hidden
@@ -122,19 +122,25 @@ class Blocks(NamedTuple):
     N: int  # keys in a tile
     R: int  # queries in a slice of a block, for the gradient of the keys, which keeps two sums in registers, not one
     num_warps: int
+    registers: int = ALL_REGISTERS  # that a thread may have in the other two kernels
 
 
-def block_sizes(dtype: torch.dtype, D: int, roomy: bool) -> Blocks:
-    """The largest blocks that fit registers and shared memory; `roomy` is a GPU with some 200 KB of it per block."""
+def block_sizes(dtype: torch.dtype, D: int, room: int) -> Blocks:
+    """The largest blocks that fit registers, and the `room` bytes of shared memory that the GPU has for a block."""
+    roomy = room > 200_000
     if dtype == torch.float32:  # true float32 has no tensor cores: what they would do takes many more registers
         return Blocks(32, 32, 32, 4) if D <= 64 else Blocks(16, 32, 16, 8)
-    return Blocks(128 if roomy or D <= 64 else 64, 64, 64, 8)
+    if D <= 64:
+        # with half of all registers each, a multiprocessor works on two blocks: one computes while the other waits
+        return Blocks(128, 64, 64, 8, 128) if roomy else Blocks(128, 64, 32, 8)
+    # tiles of 64 keys take 107,520 bytes, which GPUs for graphics do not have
+    return Blocks(128 if roomy else 64, 64 if room > 110_000 else 32, 64, 8)
 
 
 class Lists(NamedTuple):
     """The tiles of each block, or the blocks of each tile, one after another in one vector, the rest left out."""
 
-    index: Tensor  # int32, in each: those visible in full, then those in part
+    index: Tensor  # int32, in each: those visible in full, then those in part; one more at the end, for who looks ahead
     bounds: Tensor  # int64 (U·I, 3) or (U·J, 3): where the first kind begins, where the second does, and where it ends
 
 
@@ -168,7 +174,8 @@ def listed(row_X: Tensor, columns: int, seen: Callable) -> Lists:
         count.append(seen_x2y.sum(dim=-1))
     count_X2 = torch.cat(count)
     end_X2 = count_X2.flatten().cumsum(0).view_as(count_X2)
-    return Lists(torch.cat(index), torch.cat((end_X2[:, :1] - count_X2[:, :1], end_X2), dim=1))
+    one_more = row_X.new_zeros(1, dtype=torch.int32)
+    return Lists(torch.cat((*index, one_more)), torch.cat((end_X2[:, :1] - count_X2[:, :1], end_X2), dim=1))
 
 
 def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
@@ -241,6 +248,8 @@ def visible(BORN, DIES, i, N: tl.constexpr):
 # exp2 is what the hardware has, so SCALE is log2(e)/√D; offsets between heads are 64-bit scalars, those within one
 # 32-bit. `shared` is H/G, the number of query heads that share a kv head. The grid is heads by blocks, or by tiles.
 # K and V lie by kv heads, lists and lives of keys by rows of the record, of which ROW tells each head its own.
+# A turn of a loop loads the index for the next turn. Only where the index is there when a turn begins does the compiler
+# load a tile ahead, while another is at work.
 @jit
 def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
                    SCALE, q_start, shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
@@ -262,9 +271,10 @@ def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
     # first the tiles that are visible in full, then, with the mask, those that are visible in part
     for masked in tl.static_range(2):
         begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
+        tile = tl.load(INDEX + begin)
         for step in range(begin, end):
-            tile = tl.load(INDEX + step)
             first, life = (bg * J + tile) * N, (own * J + tile) * N
+            tile = tl.load(INDEX + step + 1)
             k = tl.load(K + first * D + at_key)  # [N, D]
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
@@ -303,9 +313,10 @@ def query_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE, DOU
     BOUNDS += (own * I + block) * 3
     for masked in tl.static_range(2):
         begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
+        tile = tl.load(INDEX + begin)
         for step in range(begin, end):
-            tile = tl.load(INDEX + step)
             first, life = (bg * J + tile) * N, (own * J + tile) * N
+            tile = tl.load(INDEX + step + 1)
             k = tl.load(K + first * D + at_key)  # [N, D]
             v = tl.load(V + first * D + at_key)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
@@ -338,10 +349,11 @@ def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELT
         bh = bg * shared + head
         for masked in tl.static_range(2):
             begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
+            block = tl.load(INDEX + begin)
             # one loop over the slices of all blocks, because only the innermost loop loads ahead
             for step in range(begin * slices, end * slices):
-                block = tl.load(INDEX + step // slices)
                 start = block * M + tl.cast(step % slices, tl.int32) * R
+                block = tl.load(INDEX + (step + 1) // slices)
                 past = bh * Tq + start
                 inside = r < Tq - start
                 q = tl.load(Q + past * D + at, mask=inside[:, None], other=0.0)  # [R, D]
@@ -361,19 +373,21 @@ def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELT
     tl.store(DV + first * D + at_key, dv.to(DV.dtype.element_ty))
 
 
+def compiled_with(kernel, blocks: Blocks, D: int) -> dict:
+    """The constants and the options that a kernel is compiled with."""
+    M, N, R, num_warps, registers = blocks
+    constants = dict(M=M, N=N, D=D, num_warps=num_warps, num_stages=STAGES, maxnreg=registers)
+    return constants | dict(R=R, maxnreg=ALL_REGISTERS) if kernel is key_gradient_kernel else constants
+
+
 def launch(kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others) -> None:
     B, H, Tq, D = q.shape
     G, K = k.shape[1:3]
-    M, N, R, num_warps = tiles.blocks
-    I, J = triton.cdiv(Tq, M), K // N
-    sizes = dict(M=M, N=N, D=D)
-    grid, lists = (B * H, I), tiles.by_block
-    if kernel is key_gradient_kernel:
-        sizes["R"] = R
-        grid, lists = (B * G, J), tiles.by_tile
+    I, J = triton.cdiv(Tq, tiles.blocks.M), K // tiles.blocks.N
+    grid, lists = ((B * G, J), tiles.by_tile) if kernel is key_gradient_kernel else ((B * H, I), tiles.by_block)
     args = q, k, v, tiles.row_BG, tiles.born_UK, tiles.dies_UK, *lists, *others, tiles.q_start, H // G, Tq, I, J
     with torch.cuda.device_of(q):  # triton launches on the current device
-        kernel[grid](*args, **sizes, num_warps=num_warps, num_stages=STAGES, maxnreg=ALL_REGISTERS)
+        kernel[grid](*args, **compiled_with(kernel, tiles.blocks, D))
 
 
 class TritonAttention(torch.autograd.Function):
@@ -403,11 +417,12 @@ class TritonAttention(torch.autograd.Function):
 def tiles_for(q: Tensor, layer: Layer, q_start: int) -> Tiles:
     """The layer's tiles, in blocks that suit q's device and type and are no larger than the tensors."""
     Tq, D = q.shape[2:]
-    roomy = q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin > 200_000
-    M, N, R, num_warps = block_sizes(q.dtype, D, roomy)
+    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 0
+    blocks = block_sizes(q.dtype, D, room)
     # triton multiplies matrices of 16 rows or more, in powers of two
     queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, layer.evicted_at.shape[2]))
-    return layer.tiles(q_start, Tq, Blocks(min(M, queries), min(N, keys), min(R, queries), num_warps))
+    M, N, R = min(blocks.M, queries), min(blocks.N, keys), min(blocks.R, queries)
+    return layer.tiles(q_start, Tq, blocks._replace(M=M, N=N, R=R))
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int, shared: Shared = None) -> Tensor:
