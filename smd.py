@@ -68,7 +68,7 @@ from harness.objectives import (
 from harness.rollout import Rollout
 from harness.settings import VALUES, Settings, completed
 from harness.store import LIVES, Store, pack
-from kernel import NEVER, masked_attention, products, shadow_attention
+from kernel import NEVER, Record, masked_attention, products, shadow_attention
 from tiny_model import TinyModel, causal_attention, rope_positions, wide
 
 # what nobody has to turn, and why it is what it is
@@ -470,7 +470,8 @@ def replay(
     (N, P), (B, R) = rollout.prompt_NP.shape, rollout.response_BR.shape
     # under a further record, a prompt has as many samples more: all of them go through the layers together
     tracks, S = len(records_LBGT), B // N
-    seen_LBGT = torch.stack([record.unflatten(1, (N, S)) for record in records_LBGT], dim=2).flatten(1, 3)
+    # the last token is only ever predicted, by the token before it
+    seen = Record(*(record[..., : P + R - 1] for record in records_LBGT), prompts=N)
     padding_N = rollout.pad_N if rollout.pad_N.any() else None
     prompt_keys = []
 
@@ -479,9 +480,7 @@ def replay(
         return causal_attention(q, k, v, padding_N)
 
     def attend_behind_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # the last token is only ever predicted, by the token before it
-        seen_BGT = seen_LBGT[l][..., : P + R - 1]
-        return shadow_attention(q, k, v, seen_BGT, q_start=P, backend=backend, shared=prompt_keys[l])
+        return shadow_attention(q, k, v, seen[l], q_start=P, backend=backend, shared=prompt_keys[l])
 
     # all tokens in one lookup, because the gradient of each is as large as the table
     tokens = torch.cat((rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernel import NEVER, shadow_attention
+from kernel import NEVER, Record, shadow_attention
 
 # attend(l, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: what layer l's new queries read, given their own new keys and values
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -180,9 +180,10 @@ class TinyModel(nn.Module):
 
     def forward(self, tokens_BT: Tensor, pad_B: Tensor, evicted_at_LBGT: Tensor, backend: str | None = None) -> Tensor:
         """Full pass over sequences left-padded by pad_B columns, keys seen until they are evicted: hidden (B, T, C)."""
+        seen = Record(evicted_at_LBGT)
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return shadow_attention(q, k, v, evicted_at_LBGT[l], backend=backend)
+            return shadow_attention(q, k, v, seen[l], backend=backend)
 
         return self.extend(self.embed_tokens(tokens_BT), rope_positions(pad_B, tokens_BT.shape[1]), attend)
 
