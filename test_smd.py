@@ -1,6 +1,6 @@
 """A proof, in numbered lemmas, that the learner sees what the sampler saw, and that this trains.
 
-    python -m pytest
+    python -m pytest -n 2
 
 Each lemma has its oracle in this file, written apart from the code under test, and where one exists a negative control
 that must fail. The tolerances: float64 replays are compared at 1e-10 and float32 ones at 1e-5, the rounding of some
@@ -31,6 +31,8 @@ from types import SimpleNamespace
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as smd.py does, and why is said there
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed.run
@@ -3972,13 +3974,35 @@ def test_22_minibatches_of_all_prompts_are_the_batch():
     compare("minibatches", (parts[0] + parts[1]) / 2, whole, 1e-12)
 
 
+class OnlyWhereItIsSaid(TorchDispatchMode):
+    """Fails where anything is made on the default device, if that is "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, made)):
+            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} has to do with a tensor of no device"
+        return made
+
+
+def only_where_it_is_said(f):
+    def run(*args):
+        with torch.device("meta"), OnlyWhereItIsSaid():
+            return f(*args)
+
+    return run
+
+
 @pytest.mark.parametrize("objective", list(smd.CHOICES["objective"]))
 @pytest.mark.parametrize("method", list(smd.METHODS))
-def test_22_every_pair_trains(tmp_path, method, objective, capsys):
-    settings = tiny(tmp_path, method=method, objective=objective, steps=2, epochs=2, minibatches=2, lam=0.0)
+def test_22_every_pair_trains(tmp_path, method, objective, capsys, monkeypatch):
+    """And never on the default device, which on a CUDA machine is the CPU, and refuses what lies on CUDA."""
+    plan = dict(warmup_steps=0, steps=2, epochs=2, minibatches=2, kl_ref=0.1)
+    settings = tiny(tmp_path, method=method, objective=objective, **plan)
     if objective == "dpo" and smd.METHODS[method].weight:
         assert smd.main(argv(settings)) == 2 and "take --method dense, naive or smd" in capsys.readouterr().err
         return
+    for of, name in ((smd, "train_step"), (Agent, "evaluate")):
+        monkeypatch.setattr(of, name, only_where_it_is_said(getattr(of, name)))
     smd.train(settings, reward=lambda prompt, response, answer: sum(map(ord, response)) % 8 / 8)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = ["kl_sparse_dense", "overlap_p05", "ess_token", "ess_sequence", "max_weight_token", "max_weight_sequence"]
@@ -4289,15 +4313,6 @@ def test_24_what_the_attention_does_not_compute_is_refused_and_scaling_is_taken(
 # Lemma 25: processes that share a step's prompts are one process
 
 
-@pytest.fixture
-def one_thread():
-    """Of tensors as small as these, threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def in_processes(count: int, folder: Path, call: str) -> list[subprocess.Popen]:
     """So many processes of one group, each of which calls something of this file in a folder."""
     with socket.socket() as free:
@@ -4383,7 +4398,7 @@ def assert_close(got, want, name: str) -> None:
     compare(name, *(x / numbers[1].abs().clamp(min=1.0) for x in numbers), 1e-10)
 
 
-def test_25_several_processes_are_one(tmp_path, monkeypatch, one_thread):
+def test_25_several_processes_are_one(tmp_path, monkeypatch):
     """Two and three: loss, gradients, figures, tokens and records of five steps; and a run that two began, three end.
 
     Would catch an advantage, weight or mean that is of a process's share, and a process that follows its own gradient.
@@ -4535,36 +4550,14 @@ def test_26_asking_seldom_changes_nothing(monkeypatch):
         ragged_rollout(model, max_new=40)
 
 
-class OnlyWhereItIsSaid(TorchDispatchMode):
-    """Fails where anything is made on the default device, which the `with` block beside it sets to "meta"."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, made)):
-            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} has to do with a tensor of no device"
-        return made
-
-
-@pytest.mark.parametrize("method, objective", PAIRS)
-def test_26_nothing_is_made_on_the_default_device(method, objective, tmp_path):
-    """A step and an evaluation. The CUDA machine's default device is the CPU, which would refuse what lies on CUDA."""
-    s = smd.checked(tiny(tmp_path, method=method, objective=objective, kl_ref=0.1, accumulate=2, eval_prompts=3))
-    agent = smd.agent_for(s)
-    policy = smd.Policy(agent.model, s)
-    optimizer = policy.optimizer(s.lr)
-    with torch.device("meta"), OnlyWhereItIsSaid():
-        row = smd.train_step(agent, policy, optimizer, reward_of_bytes, 1)
-        agent.evaluate()
-    assert row["grad_norm"] > 0
-    with pytest.raises(AssertionError, match="no device"), torch.device("meta"), OnlyWhereItIsSaid():
-        torch.zeros(2)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_26_nor_for_any_policy(policy):
+def test_26_nothing_is_made_on_the_default_device():
+    """Of a whole training step lemma 22 shows it, with every method and objective; here with every policy."""
     model, prompts = small_model(torch.float32), ragged_prompts()
-    with torch.device("meta"), OnlyWhereItIsSaid():
-        smd.sample(model, *prompts, 3, 9, EOS, Eviction(policy, 8, interval=3, window=3, sinks=1))
+    for policy in POLICIES:
+        eviction = Eviction(policy, 8, interval=3, window=3, sinks=1)
+        only_where_it_is_said(smd.sample)(model, *prompts, 3, 9, EOS, eviction)
+    with pytest.raises(AssertionError, match="no device"):
+        only_where_it_is_said(torch.zeros)(2)
 
 
 def test_26_sums_are_of_the_type_that_the_device_is_fast_in(monkeypatch):
