@@ -4443,6 +4443,7 @@ def test_25_a_share_by_hand(monkeypatch):
     assert taken == [[0, 1], [2, 3, 4], [5, 6, 7]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for the first process in /proc")
 def test_25_where_one_is_killed_all_end_with_a_line_and_the_run_resumes(tmp_path, capsys):
     """The real thing once, under torchrun, and the first process at that, which alone writes."""
     settings = tiny(tmp_path, "run", steps=10_000, eval_every=0)
