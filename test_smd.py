@@ -4341,6 +4341,11 @@ def reward_of_bytes(prompt: str, response: str, answer: str) -> float:
     return sum(response.encode()) % 7 / 7
 
 
+def accuracy_of_bytes(task, texts: list[str], examples: list) -> float:
+    """Other than 0, and another if an answer is missing, comes twice or stands in another's place."""
+    return sum(n * reward_of_bytes("", said, "") for n, said in enumerate(texts)) / len(texts)
+
+
 def steps_in_float64(method: str, objective: str) -> dict:
     """Five steps: the rows of the log, the gradients of all updates, what was sampled, and the weights."""
     s = Settings(
@@ -4376,6 +4381,7 @@ def train_in_a_group(steps: int) -> None:
     smd.DIAGNOSE_EVERY = 3
     report.draw_curves = lambda *_: None
     smd.agent_for = agent_in_float64
+    tasks.accuracy = accuracy_of_bytes
     parallel.begin("cpu")
     found = {pair: steps_in_float64(*pair) for pair in PAIRS}
     torch.save(found, f"{parallel.RANK} of {parallel.COUNT}.pt")
@@ -4404,6 +4410,7 @@ def test_25_several_processes_are_one(tmp_path, monkeypatch):
     Would catch an advantage, weight or mean that is of a process's share, and a process that follows its own gradient.
     """
     monkeypatch.setattr(smd, "agent_for", agent_in_float64)
+    monkeypatch.setattr(tasks, "accuracy", accuracy_of_bytes)
     unlike = dict.fromkeys((*SECONDS, "kv_bytes"), 0.0)  # several caches are not one, nor do they choose at one time
     groups = {}
     for count, steps in ((2, 2), (3, 4)):
@@ -4551,12 +4558,14 @@ def test_26_asking_seldom_changes_nothing(monkeypatch):
         ragged_rollout(model, max_new=40)
 
 
-def test_26_nothing_is_made_on_the_default_device():
+def test_26_nothing_is_made_on_the_default_device(tmp_path):
     """Of a whole training step lemma 22 shows it, with every method and objective; here with every policy."""
     model, prompts = small_model(torch.float32), ragged_prompts()
     for policy in POLICIES:
         eviction = Eviction(policy, 8, interval=3, window=3, sinks=1)
         only_where_it_is_said(smd.sample)(model, *prompts, 3, 9, EOS, eviction)
+    warm_up = base.WarmUp(smd.agent_for(smd.checked(tiny(tmp_path))))
+    warm_up.learn(*only_where_it_is_said(warm_up.loss)(None, 0))
     with pytest.raises(AssertionError, match="no device"):
         only_where_it_is_said(torch.zeros)(2)
 
