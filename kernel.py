@@ -85,16 +85,17 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, shared: Sh
     """
     sums = torch.promote_types(q.dtype, SUMS[q.device.type])
     q, k, v, shared_k, shared_v = (x.to(sums) for x in (q, k, v, *(shared or (k[:, :, :0], v[:, :, :0]))))
-    score = products(q, k, shared_k).mul_(q.shape[-1] ** -0.5)
-    N, G, S, M, Tq, _ = score.shape
-    P, Tk = shared_k.shape[2], k.shape[2]
-    hidden = hidden.unflatten(0, (N, S)).transpose(1, 2)[:, :, :, None]
-    # a finite floor instead of -inf, which gives NaN where a row sees nothing
-    weight = score.masked_fill_(hidden, torch.finfo(score.dtype).min).softmax(dim=-1)
-    on_shared, on_own = weight.split((P, Tk), dim=-1)
-    of_shared = on_shared.reshape(N, G, S * M * Tq, P) @ shared_v
-    of_own = on_own.transpose(1, 2).reshape(N * S, G, M * Tq, Tk) @ v
-    out = of_shared.unflatten(2, (S, M * Tq)).transpose(1, 2) + of_own.unflatten(0, (N, S))
+    with torch.autocast(q.device.type, enabled=False):  # it would round what the products are made of to bfloat16
+        score = products(q, k, shared_k).mul_(q.shape[-1] ** -0.5)
+        N, G, S, M, Tq, _ = score.shape
+        P, Tk = shared_k.shape[2], k.shape[2]
+        hidden = hidden.unflatten(0, (N, S)).transpose(1, 2)[:, :, :, None]
+        # a finite floor instead of -inf, which gives NaN where a row sees nothing
+        weight = score.masked_fill_(hidden, torch.finfo(score.dtype).min).softmax(dim=-1)
+        on_shared, on_own = weight.split((P, Tk), dim=-1)
+        of_shared = on_shared.reshape(N, G, S * M * Tq, P) @ shared_v
+        of_own = on_own.transpose(1, 2).reshape(N * S, G, M * Tq, Tk) @ v
+        out = of_shared.unflatten(2, (S, M * Tq)).transpose(1, 2) + of_own.unflatten(0, (N, S))
     return out.reshape(q.shape), weight
 
 

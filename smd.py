@@ -398,8 +398,8 @@ def sample(
 
     prompt_NP: int64 tokens, left-padded by pad_N columns. A response ends with `eos` or after max_new tokens. eviction:
     None for a full cache. key_N: an int64 for each prompt, which alone decides what is drawn for it; None: its number.
-    forced_BR: "draw" these tokens. Raises UsageError where the budget does not hold what the policy is forced to keep,
-    FloatingPointError where the logits are not finite.
+    forced_BR: "draw" these max_new tokens. Raises UsageError where the budget does not hold what the policy is forced
+    to keep, FloatingPointError where the logits are not finite.
     Temperature 1 and no truncation: only if the recorded log-prob is the model's own can a learner reproduce it.
     """
     N, P = prompt_NP.shape
@@ -804,9 +804,9 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     s = checked(settings)
     parallel.begin(s.device)
     run = runs.Run(s)
-    agent = agent_for(s)
+    agent = parallel.agreed(agent_for, s)
     reward = reward or agent.task.reward
-    tasks.check_reward(reward, agent.task.held_out(1)[0])
+    parallel.agreed(tasks.check_reward, reward, agent.task.held_out(1)[0])
     policy = Policy(agent.model, s)
     optimizer = policy.optimizer(s.lr)
     with run:
@@ -833,7 +833,6 @@ def main(argv: list[str] | None = None) -> int:
         settings = runs.parse(Settings, CHOICES, __doc__.splitlines()[0], argv)
         if settings.prompt is None:
             train(settings)
-            parallel.end()
         else:
             agent = agent_for(checked(settings))
             if settings.resume:

@@ -3130,8 +3130,6 @@ def test_11_the_memory_of_the_lists_follows_the_tiles_that_are_visited(kind, M, 
 
 
 def operations(run) -> int:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Counting(TorchDispatchMode):
         count = 0
 
@@ -4386,7 +4384,6 @@ def train_in_a_group(steps: int) -> None:
     found = {pair: steps_in_float64(*pair) for pair in PAIRS}
     torch.save(found, f"{parallel.RANK} of {parallel.COUNT}.pt")
     smd.train(run_of_a_group(steps), reward_of_bytes)
-    parallel.end()
 
 
 def run_of_a_group(steps: int, out: str = "run") -> Settings:
@@ -4448,6 +4445,23 @@ def test_25_a_share_by_hand(monkeypatch):
         taken.append(list(range(8))[parallel.share(8)])
         assert parallel.share_of(torch.zeros(8, 2)).tolist() == taken[-1]
     assert taken == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_25_what_one_process_finds_is_raised_in_all(monkeypatch):
+    found = cli.UsageError("what the second found")
+    monkeypatch.setattr(parallel, "of_each", lambda error: [error, found])
+    with pytest.raises(cli.UsageError, match="what the second found"):
+        parallel.agreed(lambda: 1)
+
+
+def test_25_being_told_to_end_is_not_taken_for_a_file_that_cannot_be_written(tmp_path):
+    """Would catch a signal that arrives while a file is written or read, and becomes an advice to delete it."""
+    for act in (
+        lambda: runs.write(tmp_path / "file", parallel.told_to_end),
+        lambda: runs.restore(tmp_path / "none.pt", SimpleNamespace(parameters=parallel.told_to_end)),
+    ):
+        with pytest.raises(cli.Ended):
+            act()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks for the first process in /proc")
@@ -4568,6 +4582,18 @@ def test_26_nothing_is_made_on_the_default_device(tmp_path):
     warm_up.learn(*only_where_it_is_said(warm_up.loss)(None, 0))
     with pytest.raises(AssertionError, match="no device"):
         only_where_it_is_said(torch.zeros)(2)
+
+
+def test_26_sums_are_wide_under_autocast_too(monkeypatch):
+    """Would catch products of float32 that autocast rounds to bfloat16, which it does not do to those of float64."""
+    monkeypatch.setitem(kernel.SUMS, "cpu", torch.float32)
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shown = torch.zeros(2, 4, 9, 9, dtype=torch.bool)
+    want = kernel.masked_attention(q.double(), k.double(), v.double(), shown)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernel.masked_attention(q, k, v, shown)
+    for name, a, b in zip(("out", "weights"), got, want, strict=True):
+        compare(name, a.double(), b, 1e-5)
 
 
 def test_26_sums_are_of_the_type_that_the_device_is_fast_in(monkeypatch):

@@ -150,12 +150,12 @@ def load_base(agent, fingerprint: str | None) -> None:
     if agent.source is not None and agent.s.warmup_steps == 0:
         parallel.say(f"base policy: {agent.s.model}")
         return
-    path = base_path(agent, fingerprint)
+    path = parallel.by_first(base_path, agent, fingerprint)
     if parallel.by_first(path.exists):
         parallel.say(f"base policy: read from {path}")
     else:
         parallel.by_first(make_base, agent, path)
-    runs.restore(path, agent.model, advice="delete it, and it is made anew")
+    parallel.agreed(runs.restore, path, agent.model, None, "delete it, and it is made anew")
 
 
 def make_base(agent, path: Path) -> None:

@@ -17,6 +17,10 @@ class UsageError(ValueError):
     """What the user gave cannot be used; the message names the value and the fix. The command line exits with 2."""
 
 
+class Ended(BaseException):
+    """Another process of the run was lost, or this one was told to end. Not an error that anybody should handle."""
+
+
 def require(holds: bool, message: str) -> None:
     """Raise UsageError with this message unless the condition holds."""
     if not holds:
@@ -113,7 +117,7 @@ def run_command(main: Callable[[], None], name: str, hint: str, speaks: bool = T
     """
     try:
         main()
-    except ConnectionError as e:
+    except Ended as e:
         print(f"{name}: {e}; {hint}", file=sys.stderr)
         return 1
     except (UsageError, FloatingPointError) as e:

@@ -9,6 +9,7 @@ average over processes, where a sum is needed. Equal sums leave equal weights, s
 With a single process, nothing here does anything.
 """
 
+import atexit
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor, nn
 
-from harness.cli import UsageError, require
+from harness.cli import Ended, UsageError, require
 
 # torchrun tells each process how many there are and which it is, in all and on this machine
 COUNT = int(os.environ.get("WORLD_SIZE", 1))
@@ -42,7 +43,7 @@ def check(settings) -> None:
     require(settings.prompt is None, "--prompt is answered by a single process; leave torchrun out")
     if settings.device == "cuda":
         has = torch.cuda.device_count()
-        advice = f"give torchrun --nproc-per-node {has}, or --device cpu"
+        advice = f"give torchrun --nproc-per-node {has}, or --device cpu" if has else "take --device cpu"
         require(has >= LOCAL_COUNT, f"{LOCAL_COUNT} processes need as many CUDA devices, and here are {has}; {advice}")
 
 
@@ -54,24 +55,20 @@ def begin(device: str) -> None:
         torch.cuda.set_device(LOCAL_RANK)
     signal.signal(signal.SIGTERM, told_to_end)
     with_others(dist.init_process_group, "nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)  # however it ends: the group's threads must not outlive Python
 
 
 def told_to_end(*_) -> None:
-    raise ConnectionError("this process was told to end, as all are when one has died")
-
-
-def end() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    raise Ended("told to end, as all processes are when one has died")
 
 
 def with_others(exchange: Callable, *args, **options) -> None:
-    """Exchange something with the other processes; ConnectionError where one of them has died."""
+    """Exchange something with the other processes; `Ended` where one of them has died."""
     try:
         exchange(*args, **options)
-    except RuntimeError as e:  # neither gloo nor nccl has a type of its own for it
+    except RuntimeError as e:  # gloo has no type of its own for it
         reason = str(e).splitlines()[0]
-        raise ConnectionError(f"another process of this run cannot be reached ({reason})") from e
+        raise Ended(f"another process of this run cannot be reached ({reason})") from e
 
 
 def say(text: str) -> None:

@@ -59,10 +59,14 @@ class Rollout:
 
     def of_this_process(self) -> "Rollout":
         """The part of the prompts that this process takes: all of them where it is alone."""
+        if parallel.COUNT == 1:
+            return self
         return self.of_prompts(parallel.share_of(self.pad_N))
 
     def of_all_processes(self) -> "Rollout":
         """What this and the other processes sampled, as one. A shorter response gets more columns of padding."""
+        if parallel.COUNT == 1:
+            return self
         R = self.response_BR.shape[1]
         more = max(parallel.of_each(R)) - R
 

@@ -223,13 +223,7 @@ class Run:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""
         known = parallel.by_first(self.has_checkpoint)
         if known:
-            state = restore(self.checkpoint_path, policy, optimizer)
-            self.rows = read_metrics(self.metrics_path, state["step"])
-            self.before = state["before"]
-            self.seconds_before = state["seconds"]
-            done, wanted = len(self.rows), self.settings.steps
-            fits = done <= wanted
-            require(fits, f"--out {self.out} is at step {done} already, got --steps {wanted}; give at least that many")
+            parallel.agreed(self.read, policy, optimizer)
         parallel.by_first(self.begin_to_write)
         s = self.settings
         processes = f" | {parallel.COUNT} processes" if parallel.COUNT > 1 else ""
@@ -242,6 +236,15 @@ class Run:
     def has_checkpoint(self) -> bool:
         self.check_same(self.out)  # once more: another process may have had the folder until now
         return self.settings.resume and self.checkpoint_path.exists()
+
+    def read(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        state = restore(self.checkpoint_path, policy, optimizer)
+        self.rows = read_metrics(self.metrics_path, state["step"])
+        self.before = state["before"]
+        self.seconds_before = state["seconds"]
+        done, wanted = len(self.rows), self.settings.steps
+        fits = done <= wanted
+        require(fits, f"--out {self.out} is at step {done} already, got --steps {wanted}; give at least that many")
 
     def begin_to_write(self) -> None:
         self.write_config()
