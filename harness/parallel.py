@@ -1,10 +1,11 @@
 """Several processes that train as one: `torchrun` starts them, and each takes its share of the prompts.
 
-All hold the same weights. A step's rollouts are put together, so that advantages, weights and figures are those of the
-whole batch; then each process differentiates its share, the loss divided by the whole batch's numbers, and what has to
-be added up are the gradients: once an update, in one call. DistributedDataParallel would add them piece by piece while
-the backward pass still runs. That pays where the gradients take long beside all else, here sampling does, and it would
-average over processes, where a sum is needed. Equal sums leave equal weights, so that none are ever sent.
+A step's rollouts are put together, so that advantages, weights and figures are those of the whole batch. Then each
+process differentiates its share of the loss, divided by the whole batch's numbers, and the gradients are added up: once
+an update, in one call. All begin with the same weights and follow the same sums, so that no weights are ever sent.
+
+DistributedDataParallel would add gradients piece by piece while the backward pass still runs, which pays where moving
+them takes long. Here sampling takes long, and what is needed is a sum, where that takes a mean.
 
 With a single process, nothing here does anything.
 """
@@ -59,7 +60,7 @@ def begin(device: str) -> None:
 
 
 def told_to_end(*_) -> None:
-    raise Ended("told to end, as all processes are when one has died")
+    raise Ended("told to end by a signal, as all processes are when one has died")
 
 
 def with_others(exchange: Callable, *args, **options) -> None:
