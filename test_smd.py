@@ -4111,6 +4111,7 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     rows = {0.1: [9, 9, 9, 1], 0.3: [0, 0, 0, 3], 0.2: [0, 0, 0, 2]}  # the last quarter counts
     searched = {("smd", lr): (None, [{"reward": float(r)} for r in rewards]) for lr, rewards in rows.items()}
     assert compare.best_rates(searched) == {"smd": 0.3}
+    assert compare.beyond({"smd": 0.3, "naive": 0.1, "tis": 0.2}, (0.1, 0.2, 0.3)) == [("smd", 0.6), ("naive", 0.05)]
     assert compare.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [1.0, -1.5, 1.0, -0.5]
     rise, fall, constant = [[1.0, 2.0, 9.0], [70.0, 80.0]], [[5.0, 4.0, 1.0], [2.0, 1.0]], [[1.0] * 3, [7.0] * 2]
     found = [compare.rank_correlation(rise, y) for y in (rise, fall, constant)]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import smd
 from harness import base, cli, pretrained, runs
 from harness.report import colour
-from harness.settings import OF_TOY
+from harness.settings import OF_MODEL, OF_TOY
 
 # Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -53,9 +53,12 @@ def begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def base_path(given: dict) -> Path:
-    agent = smd.agent_for(smd.checked(smd.Settings(**given)))
-    return base.base_path(agent, pretrained.fingerprint(agent.s.model))
+def base_path(given: dict) -> Path | None:
+    """Where the base policy lies that a run starts from; None if that is a pretrained model as it is."""
+    s = smd.checked(smd.Settings(**given))
+    if s.model is not None and s.warmup_steps == 0:
+        return None
+    return base.base_path(smd.agent_for(s), pretrained.fingerprint(s.model))
 
 
 def make_base(given: dict) -> None:
@@ -76,11 +79,13 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
     todo = {folder: job for folder, job in given.items() if folder not in done}
     bar.update(len(done))
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(max(1, CORES // workers),))
+    # a process for each run, so that the most memory which it held is that of its run
+    options = dict(initializer=begin_worker, initargs=(max(1, CORES // workers),), max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(workers, context, **options)
     try:
         # a base policy that several runs start from is made once, before them
-        bases = dict(zip(pool.map(base_path, todo.values()), todo.values(), strict=True))
-        list(pool.map(make_base, bases.values()))
+        bases = {base_path(job): job for job in todo.values()}
+        list(pool.map(make_base, (job for path, job in bases.items() if path is not None)))
         futures = {pool.submit(run, folder, **job): folder for folder, job in todo.items()}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
@@ -103,9 +108,13 @@ def positive(text: str) -> int:
 def options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that experiments with many runs share."""
     parser.add_argument("--seeds", type=positive, default=seeds)
-    parser.add_argument("--steps", type=positive, default=OF_TOY["steps"])
+    parser.add_argument("--steps", type=positive, help="default: as many as a run takes")
     workers = 1 if torch.cuda.is_available() else CORES
     parser.add_argument("--jobs", type=positive, default=workers, help="runs at a time")
+
+
+def steps_of(given: argparse.Namespace, model: str | None = None) -> int:
+    return given.steps or (OF_TOY if model is None else OF_MODEL)["steps"]
 
 
 def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
@@ -122,6 +131,7 @@ def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
         "overlap p05": min(row["overlap_p05"] for row in diagnosed),
         "KV MB": max(row["kv_bytes"] for row in rows) / 1e6,
         "seconds": sum(row[f"seconds_{part}"] for row in rows for part in ("sample", "learn")),
+        "peak GB": summary["peak_memory"] / 1e9,
     }
 
 

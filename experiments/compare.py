@@ -1,10 +1,12 @@
 """All methods from one base policy: final accuracies, gradients' troubles, learning curves.
 
-    python -m experiments.compare                                    6 methods x (4 + 5) runs
+    python -m experiments.compare                                    6 methods x (3 or 4, and 5) runs
     python -m experiments.compare --methods smd naive --seeds 3      part of it; what is finished is never run again
+    python -m experiments.compare --model smollm2 --seeds 3          the same on a real model
 
-Each method gets the same search: four learning rates on one seed outside the reported ones; the one with the highest
-mean reward of its own rollouts over the last quarter of the steps is taken. Per seed all methods see the same prompts.
+Each method gets the same search: three learning rates on one seed outside the reported ones; the one with the highest
+mean reward of its own rollouts over the last quarter of the steps is taken. Where it is at an end of the three, one
+more beyond it is tried. Per seed all methods see the same prompts.
 """
 
 import argparse
@@ -16,9 +18,21 @@ import torch
 from tqdm import tqdm
 
 import smd
-from experiments.common import colour, command, figures, label_ends, mean_and_interval, options, run_all, save, table
+from experiments.common import (
+    colour,
+    command,
+    figures,
+    label_ends,
+    mean_and_interval,
+    options,
+    run_all,
+    save,
+    steps_of,
+    table,
+)
 
-LEARNING_RATES, SEARCH_SEED = (1e-4, 2e-4, 4e-4, 8e-4), 100
+RATES_OF_TOY, RATES_OF_MODEL = (1e-4, 2e-4, 4e-4), (5e-6, 1e-5, 2e-5)
+SEARCH_SEED = 100
 
 
 def best_rates(searched: dict[tuple[str, float], tuple[dict, list[dict]]]) -> dict[str, float]:
@@ -28,6 +42,12 @@ def best_rates(searched: dict[tuple[str, float], tuple[dict, list[dict]]]) -> di
         reward = statistics.mean(row["reward"] for row in rows[-(len(rows) // 4 or 1) :])
         best[method] = max(best.get(method, (-1.0, 0.0)), (reward, lr))
     return {method: lr for method, (_, lr) in best.items()}
+
+
+def beyond(best: dict[str, float], rates: tuple[float, ...]) -> list[tuple[str, float]]:
+    """One more learning rate for each method whose best is the lowest or the highest that was tried."""
+    further = {min(rates): min(rates) / 2, max(rates): 2 * max(rates)}
+    return [(method, further[lr]) for method, lr in best.items() if lr in further]
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -86,17 +106,27 @@ def draw(done: dict[str, list], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options(parser, seeds=5)
+    parser.add_argument("--model")
     parser.add_argument("--eviction", default=smd.Settings.eviction, choices=list(smd.EVICTIONS))
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     given = parser.parse_args()
-    common = dict(eviction=given.eviction, steps=given.steps)
-    grid = [(method, lr) for method in given.methods for lr in LEARNING_RATES]
-    with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
+    steps = steps_of(given, given.model)
+    common = dict(eviction=given.eviction, steps=steps) | (dict(model=given.model) if given.model else {})
+    rates = RATES_OF_MODEL if given.model else RATES_OF_TOY
+    grid = [(method, lr) for method in given.methods for lr in rates]
+
+    def search(grid: list[tuple[str, float]]) -> dict:
         jobs = [dict(method=method, lr=lr, seed=SEARCH_SEED, **common) for method, lr in grid]
-        searched = dict(zip(grid, run_all(given.out / "runs", jobs, given.jobs, bar), strict=True))
+        return dict(zip(grid, run_all(given.out / "runs", jobs, given.jobs, bar), strict=True))
+
+    with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
+        searched = search(grid)
+        more = beyond(best_rates(searched), rates)
+        bar.total += len(more)
+        searched |= search(more)
         rates = best_rates(searched)
-        common |= dict(eval_every=max(1, given.steps // 8))
+        common |= dict(eval_every=max(1, steps // 8))
         jobs = [dict(method=m, lr=rates[m], seed=n, **common) for n in range(given.seeds) for m in rates]
         done = run_all(given.out / "runs", jobs, given.jobs, bar)
     print(
@@ -105,11 +135,11 @@ def main() -> None:
     by_method = {m: [result for job, result in zip(jobs, done, strict=True) if job["method"] == m] for m in rates}
     named = {f"{m}, lr {rates[m]:g}": [figures(*result) for result in runs] for m, runs in by_method.items()}
     print(table(named, given.out / "table.md"))
-    by_rate = {lr: [] for lr in LEARNING_RATES}
-    for method in (m for m in rates if smd.METHODS[m].evicts):
-        by_rate[rates[method]] += by_method[method]
-        for lr in LEARNING_RATES:
-            by_rate[lr].append(searched[method, lr])
+    by_rate = {lr: [] for _, lr in searched}
+    for (method, lr), result in searched.items():
+        if smd.METHODS[method].evicts:
+            by_rate[lr].append(result)
+            by_rate[lr] += by_method[method] if lr == rates[method] else []
     print(predictors(by_rate))
     draw(by_method, given.out / "curves.png")
 

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.common import colour, command, figures, label_ends, options, run_all, save, table
+from experiments.common import colour, command, figures, label_ends, options, run_all, save, steps_of, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -81,7 +81,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for label, line, settings in points:
             settings = default | settings
-            jobs.append(settings | dict(lr=RATES[settings["method"]], seed=seed, steps=given.steps))
+            jobs.append(settings | dict(lr=RATES[settings["method"]], seed=seed, steps=steps_of(given)))
             places.append((label, line))
     with tqdm(total=len(jobs), desc=given.sweep) as bar:
         done = run_all(Path("out/sweep/runs"), jobs, given.jobs, bar)
