@@ -5,6 +5,29 @@
 Each lemma has its oracle in this file, written apart from the code under test, and where one exists a negative control
 that must fail. The tolerances: float64 replays are compared at 1e-10 and float32 ones at 1e-5, the rounding of some
 hundred operations on numbers of order one; the errors that the lemmas exclude are a hundred times larger or more.
+
+ 0  The model is of its family: logits, checkpoints and token ids are those of the transformers and tokenizers packages;
+    what cannot be run is refused in one line.
+ 1  Replay equals the sampler, for every policy, and the sampler equals an oracle that feeds one token at a time to an
+    explicit list of keys. What is drawn for a prompt depends on nothing but its key.
+ 2  `shadow_attention` equals a loop and passes gradcheck.
+ 3  With a budget that holds everything, sampler and learner are the dense model.
+ 4  The cache holds what its budget says, and the bytes that it reports are the allocator's.
+ 5  Each eviction policy, on cases worked out by hand.
+ 6  A prompt computed once per group gives the gradients of one repeated for each sample.
+ 7  Track 2 sends no gradient into the shadow logits.
+ 8  A run that is killed and resumed equals one that was not, to the bit; every bad input gets one line.
+ 9  Tasks, evaluation, text and what is printed, by hand. A short run learns; with shuffled rewards it does not.
+10  The Triton kernels err no more than twice what plain code of their precision does.
+11  Their lists of tiles hold every visible pair once, and waste little.
+12  They compile for GPUs that are not here, fit, do not spill, and load ahead.
+13  The learner through them is the learner.
+14  to 22: on a model whose 64 responses can be enumerated, which gradient each method follows; corrections, objectives,
+    minibatches, parts and sums by hand, by loops and by finite differences.
+23  The README and the notebook speak of what there is.
+24  An unchanged model of the transformers package replays our rollouts, and those of kvpress.
+25  Processes that share a step's prompts are one process.
+26  What a GPU would refuse, or wait for, a CPU finds out.
 """
 
 import dataclasses
@@ -4010,35 +4033,54 @@ def test_22_every_pair_trains(tmp_path, method, objective, capsys, monkeypatch):
         assert abs(rows[0]["ess_token"] - 1) < 1e-6 and rows[0]["overlap_p05"] > 1 - 1e-5
 
 
-# Lemma 23: the README speaks of what there is
+# Lemma 23: the README and the notebook speak of what there is
 
 
-def test_23_what_the_readme_names_exists():
-    folder = Path(__file__).parent
-    text = (folder / "README.md").read_text()
+PAGES = HERE / "README.md", HERE / "experiments" / "README.md"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_23_what_the_pages_name_exists(page):
+    text = page.read_text()
     flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)}
     flags |= set(torch.distributed.run.get_args_parser()._option_string_actions)
-    for source in folder.glob("experiments/*.py"):
+    for source in HERE.glob("experiments/*.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source.read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install[^&\n]*", "", text)))
     assert named and named <= flags, named - flags
     modules = {"smd": smd, "kernel": kernel}
     names = set(re.findall(r"`(smd|kernel)\.(\w+)", text)) - {("smd", "py"), ("kernel", "py")}
-    assert len(names) >= 10 and not [name for module, name in names if not hasattr(modules[module], name)]
-    files = re.findall(r"\]\(([\w/.]+)\)", text) + [
-        f"{m.replace('.', '/')}.py" for m in re.findall(r"-m (experiments\.\w+)", text)
-    ]
-    assert "assets/compare.png" in files and not [file for file in files if not (folder / file).exists()]
-    anchors = {
-        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
-    }
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+    assert names and not [name for module, name in names if not hasattr(modules[module], name)]
+    commands = [f"{m.replace('.', '/')}.py" for m in re.findall(r"-m (experiments\.\w+)", text)]
+    assert commands and not [file for file in commands if not (HERE / file).exists()]
+    links = [link.partition("#") for link in re.findall(r"\]\(([\w/.#-]+)\)", text)]
+    assert len(links) >= 10
+    for path, _, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), anchor
     for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        compile(code, "README.md", "exec")
+        compile(code, page.name, "exec")
 
 
-def test_23_the_loss_that_the_readme_lifts_out_is_the_learners():
-    text, names = (Path(__file__).parent / "README.md").read_text(), {}
+def test_23_the_readme_is_short_and_knows_how_long_the_files_are():
+    text = PAGES[0].read_text()
+    assert len(text.splitlines()) <= 170 and len(text.split()) <= 2000
+    rows = re.findall(r"^\| \[`([\w/.]+)`\]\([^)]+\) \| ([\d,]+) \|", text, re.M)
+    assert len(rows) == 6
+    for name, lines in rows:
+        sources = sorted((HERE / name).glob("*.py")) if name.endswith("/") else [HERE / name]
+        count = sum(len(source.read_text().splitlines()) for source in sources)
+        assert abs(count - int(lines.replace(",", ""))) <= 0.03 * count, f"{name} has {count} lines"
+
+
+def test_23_the_loss_that_the_notebook_lifts_out_is_the_learners():
+    text, names = PAGES[1].read_text(), {}
     exec(next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "def smd_loss" in code), names)
     model, s = small_model(), smd.checked(Settings(max_new=14))
     r = ragged_rollout(model)
@@ -4158,7 +4200,7 @@ def test_24_their_model_replays_our_rollout_and_has_the_gradient_of_our_learner(
     assert error(r.evicted_at_LBGT) < 1e-4 and error(r.never_evicted_LBGT) > 1e-2
     assert error(r.evicted_at_LBGT.flip(0)) > 1e-2, "control: the layers' records exchanged"
 
-    names, readme = {}, (HERE / "README.md").read_text()
+    names, readme = {}, PAGES[1].read_text()
     exec(next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "def smd_loss" in code), names)
     s = smd.checked(Settings(max_new=14))
     reward_B = torch.rand(12, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ AttentionMaskInterface.register("shadow", lambda *_, **__: None)  # no T×T mask
 
 
 def learner(model, tokens_BT: Tensor, pad_B: Tensor, P: int) -> Callable[[Tensor], Tensor]:
-    """forward(record), as `smd_loss` of the README takes it: log-probs (B, R, V) of the response tokens."""
+    """forward(record), as `smd_loss` of the notebook takes it: log-probs (B, R, V) of the response tokens."""
     T = tokens_BT.shape[1]
     given = dict(position_ids=rope_positions(pad_B, T), use_cache=False, logits_to_keep=T - P + 1)
 

@@ -3,7 +3,8 @@
     python -m experiments.show --out out/smd-001                a held-out prompt, from the checkpoint of a run
     python -m experiments.show --out out/smd-001 --prompt TEXT
 
-Rows are queries, columns keys; a key is dark while it is visible, and fades out at the query from which on it is gone.
+Rows are queries, columns keys. In the picture a key is dark while it is visible, and pale from the query on that no
+longer sees it; what is printed shows one head's, a dot for a key that is gone.
 """
 
 import argparse
@@ -39,6 +40,14 @@ def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
     save(figure, path)
 
 
+def strip(rollout: smd.Rollout, text: str, l: int, g: int) -> str:
+    """What one head of sequence 0 saw: a line for each query, with the tokens that it sees."""
+    P, end = rollout.prompt_NP.shape[1], rollout.prompt_NP.shape[1] + rollout.length_B[0].item() - 1
+    dies = rollout.evicted_at_LBGT[l, 0, g].tolist()
+    rows = ("".join(text[j] if i < dies[j] else "·" for j in range(i + 1)) for i in range(P - 1, end))
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of a run")
@@ -50,6 +59,9 @@ def main() -> None:
     check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")
     rollout, (response,) = agent.respond([example], 1, True, agent.keys(1, agent.s.seed, EVALUATION, 2))
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
+    l, g = rollout.evicted_at_LBGT.shape[0] - 1, 0
+    print(f"what layer {l}, head {g} saw, a line for each token that was drawn:")
+    print(strip(rollout, example.prompt + response, l, g))
     draw(rollout, example.prompt, response, given.out / "mask.png")
 
 
