@@ -44,6 +44,9 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             smd.train(settings)
+        if settings.model is not None:
+            # of a real model it is gigabytes, and model/ has the weights
+            (out / "checkpoint.pt").unlink()
     return json.loads((out / "summary.json").read_text()), runs.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
@@ -73,7 +76,7 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
     A run's folder is named by all that is set, so that experiments find the runs that they have in common. Ctrl-C keeps
     what is there. Raises UsageError where the runs that are there started from another base policy than the new ones.
     """
-    folders = [out / "-".join(map(str, job.values())) for job in jobs]
+    folders = [out / "-".join(map(str, job.values())).replace(os.sep, "_") for job in jobs]
     given = dict(zip(folders, jobs, strict=True))
     done = {folder: run(folder, **job) for folder, job in given.items() if finished(folder, job["steps"])}
     todo = {folder: job for folder, job in given.items() if folder not in done}
@@ -92,8 +95,9 @@ def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[
             bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    starts = {(job.get("hops"), done[folder][0]["before"]["dense"]) for folder, job in given.items()}
-    if len(starts) > len({hops for hops, _ in starts}):
+    tasks = {folder: (job.get("hops"), job.get("asked")) for folder, job in given.items()}
+    starts = {(task, done[folder][0]["before"]["dense"]) for folder, task in tasks.items()}
+    if len(starts) > len(set(tasks.values())):
         raise cli.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
     return [done[folder] for folder in folders]
 
@@ -120,7 +124,8 @@ def steps_of(given: argparse.Namespace, model: str | None = None) -> int:
 def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
     """The columns of a table, of one run."""
     diagnosed = [row for row in rows if "kl_sparse_dense" in row]
-    return {
+    memory = {} if summary["peak_memory"] is None else {"peak GB": summary["peak_memory"] / 1e9}
+    return memory | {
         "base sparse %": 100 * summary["before"]["sparse"],
         "base dense %": 100 * summary["before"]["dense"],
         "sparse %": 100 * summary["after"]["sparse"],
@@ -131,7 +136,6 @@ def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
         "overlap p05": min(row["overlap_p05"] for row in diagnosed),
         "KV MB": max(row["kv_bytes"] for row in rows) / 1e6,
         "seconds": sum(row[f"seconds_{part}"] for row in rows for part in ("sample", "learn")),
-        "peak GB": summary["peak_memory"] / 1e9,
     }
 
 

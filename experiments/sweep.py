@@ -5,8 +5,13 @@
     python -m experiments.sweep lam         λ = 0, 0.1, 1 at 50 and at 35 %: smd
     python -m experiments.sweep length      answers of 3, 6, 9, 12 letters: smd, naive, seq_is
 
-Three seeds each (--seeds), snapkv (--eviction), each method at its own learning rate. What is
-finished is never run again; another length of the answer has its own base policy.
+    python -m experiments.sweep eviction --model smollm2    every eviction policy at 25 %: smd
+    python -m experiments.sweep lam --model smollm2         λ = 0, 0.1, 0.3 at 25 %: smd
+    python -m experiments.sweep answer --model smollm2      1 and 3 codes asked, 25 and 12 % kept, by snapkv and at
+                                                            random, and with the prompt protected: smd, tis, naive
+
+Three seeds each (--seeds), snapkv (--eviction), each method at its own learning rate. What is finished is never run
+again; another length of the answer has its own base policy.
 """
 
 import argparse
@@ -34,6 +39,25 @@ SWEEPS = {
 DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose
 RATES = dict(smd=2e-4, naive=2e-4, seq_is=1e-4)
+
+# the same of a real model; a protected prompt has a budget that is the response's own, in keys
+KEPT = {f"{b:.0%} by {e}": dict(budget=b, eviction=e) for e in ("snapkv", "random") for b in (0.25, 0.12)}
+KEPT["12 keys, prompt protected"] = dict(budget=12, eviction="random", protect="prompt")
+SWEEPS_OF_MODEL = {
+    "eviction": ("eviction policy", [(p, "smd", dict(eviction=p)) for p in smd.EVICTIONS]),
+    "lam": ("λ", [(f"{v:g}", "smd", dict(lam=v)) for v in (0.0, 0.1, 0.3)]),
+    "answer": (
+        "codes asked, keys kept",
+        [
+            (f"{asked}, {kept}", m, dict(asked=asked, method=m) | settings)
+            for asked in (1, 3)
+            for kept, settings in KEPT.items()
+            for m in ("smd", "tis", "naive")
+        ],
+    ),
+}
+DEFAULTS_OF_MODEL = dict(budget=0.25, lam=smd.Settings.lam, asked=1, method="smd")
+RATES_OF_MODEL = dict(smd=1e-5, tis=1e-5, naive=1e-5)
 
 
 def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> None:
@@ -70,25 +94,32 @@ def draw(groups: dict[tuple[str, str], list], axis_label: str, path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", choices=list(SWEEPS))
+    parser.add_argument("sweep", choices=list(SWEEPS | SWEEPS_OF_MODEL))
     options(parser, seeds=3)
+    parser.add_argument("--model")
     parser.add_argument("--eviction", choices=list(smd.EVICTIONS), help="default: snapkv")
     given = parser.parse_args()
-    if given.sweep == "eviction" and given.eviction:
-        parser.error("the sweep over eviction policies takes no --eviction")
-    axis_label, points = SWEEPS[given.sweep]
-    default, jobs, places = DEFAULTS | dict(eviction=given.eviction or smd.Settings.eviction), [], []
+    sweeps, default, rates = SWEEPS, DEFAULTS, RATES
+    if given.model:
+        sweeps, default, rates = SWEEPS_OF_MODEL, DEFAULTS_OF_MODEL | dict(model=given.model), RATES_OF_MODEL
+    if given.sweep not in sweeps:
+        parser.error(f"there is no sweep {given.sweep} {'with' if given.model else 'without'} a --model")
+    axis_label, points = sweeps[given.sweep]
+    if given.eviction and any("eviction" in settings for *_, settings in points):
+        parser.error(f"the sweep {given.sweep} takes no --eviction")
+    default = default | dict(eviction=given.eviction or smd.Settings.eviction)
+    jobs, places = [], []
     for seed in range(given.seeds):
         for label, line, settings in points:
             settings = default | settings
-            jobs.append(settings | dict(lr=RATES[settings["method"]], seed=seed, steps=steps_of(given)))
+            jobs.append(settings | dict(lr=rates[settings["method"]], seed=seed, steps=steps_of(given, given.model)))
             places.append((label, line))
     with tqdm(total=len(jobs), desc=given.sweep) as bar:
         done = run_all(Path("out/sweep/runs"), jobs, given.jobs, bar)
     groups: dict[tuple[str, str], list] = {}
     for place, result in zip(places, done, strict=True):
         groups.setdefault(place, []).append(figures(*result))
-    name = "-".join(filter(None, (given.sweep, given.eviction)))
+    name = "-".join(filter(None, (given.sweep, given.eviction, given.model)))
     print(table({", ".join(place): runs for place, runs in groups.items()}, Path("out/sweep") / f"{name}.md"))
     draw(groups, axis_label, Path("out/sweep") / f"{name}.png")
 
