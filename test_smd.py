@@ -4109,9 +4109,11 @@ def test_23_the_loss_that_the_notebook_lifts_out_is_the_learners():
         names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=s.max_new)
 
 
-@pytest.mark.parametrize("name", ["compare", "sweep"])
-def test_23_an_experiment_takes_as_many_steps_as_a_run(name, monkeypatch):
-    experiment = importlib.import_module(f"experiments.{name}")
+@pytest.mark.parametrize("model", [None, "smollm2"])
+@pytest.mark.parametrize("command", ["compare", "sweep lam"])
+def test_23_an_experiment_takes_as_many_steps_as_a_run(command, model, monkeypatch):
+    words = command.split() + (["--model", model] if model else [])
+    experiment = importlib.import_module(f"experiments.{words[0]}")
     asked = []
 
     def stop(folder, jobs, *_):
@@ -4119,10 +4121,21 @@ def test_23_an_experiment_takes_as_many_steps_as_a_run(name, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(experiment, "run_all", stop)
-    monkeypatch.setattr(sys, "argv", [name, "budget"] if name == "sweep" else [name])
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(InterruptedError):
         experiment.main()
-    assert {job["steps"] for job in asked} == {smd.checked(Settings()).steps}
+    assert {job["steps"] for job in asked} == {smd.checked(Settings(model=model)).steps}
+    assert {job.get("model") for job in asked} == {model}
+
+
+def test_23_a_model_is_measured_with_other_caches(tmp_path):
+    from experiments import mismatch, tolerance
+
+    s = small_run(model_folder(tmp_path / "first"), tmp_path / "run")
+    smd.train(s)
+    found = mismatch.measured(smd.agent_for(smd.checked(s)), 1)
+    assert list(found) == list(mismatch.COLUMNS.values()) and found["KL(sparse‖dense)"] > 0
+    assert list(tolerance.tolerated(tmp_path / "run")) == ["100% kept", "50% kept", "25% kept", "12% kept"]
 
 
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ on the held-out prompts, with 100, 50, 25 and 12 % of each prompt kept by the ru
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,15 +14,18 @@ from tqdm import tqdm
 import smd
 from experiments.common import command, table
 from experiments.compare import SEARCH_SEED
+from harness import runs
+from harness.cli import require
 
 BUDGETS = 1.0, 0.5, 0.25, 0.12
 
 
-def tolerated(run: Path, eviction: str) -> dict[str, float]:
+def tolerated(run: Path) -> dict[str, float]:
     """Accuracy in percent with each budget."""
+    config = runs.read_config(run, smd.Settings)
     found = {}
     for budget in BUDGETS:
-        s = smd.Settings(model=str(run / "model"), eviction=eviction, budget=budget)
+        s = smd.Settings(**config | dict(model=str(run / "model"), budget=budget))
         found[f"{budget:.0%} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate()["sparse"]
     return found
 
@@ -32,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
     given = parser.parse_args()
-    configs = {path.parent: json.loads(path.read_text()) for path in sorted(given.runs.glob("*/config.json"))}
-    reported = {run: config for run, config in configs.items() if config["model"] and config["seed"] != SEARCH_SEED}
-    smd.require(reported, f"{given.runs} holds no run of a model; make some with experiments.compare --model")
+    folders = [path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]
+    require(folders, f"{given.runs} holds no run of a model; make some with experiments.compare --model")
     groups: dict[str, list] = {}
-    for run, config in tqdm(reported.items()):
-        groups.setdefault(config["method"], []).append(tolerated(run, config["eviction"]))
+    for run in tqdm(folders):
+        config = runs.read_config(run, smd.Settings)
+        if config["seed"] != SEARCH_SEED:
+            groups.setdefault(config["method"], []).append(tolerated(run))
     print(table(groups, Path("out/tolerance.md")))
 
 
