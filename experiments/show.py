@@ -1,10 +1,11 @@
-"""One prompt, decoded, and what every layer and head could see of it while it was answered.
+"""One prompt, decoded, and what a layer's heads could see of it while it was answered.
 
     python -m experiments.show --out out/smd-001                a held-out prompt, from the checkpoint of a run
     python -m experiments.show --out out/smd-001 --prompt TEXT
+    python -m experiments.show --out out/smd-001 --layer 0      instead of the last one
 
-Rows are queries, columns keys. In the picture a key is dark while it is visible, and pale from the query on that no
-longer sees it; what is printed shows one head's, a dot for a key that is gone.
+What is printed is one head's view: a line for each token that was drawn, a dot for each key that is gone. The picture
+has all heads of the layer: rows are queries, columns keys.
 """
 
 import argparse
@@ -12,39 +13,45 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Patch
 
 import smd
 from experiments.common import command, save
 from harness import runs
+from harness.cli import require
 from harness.streams import EVALUATION
 from harness.tasks import Example
-from harness.text import check_prompt
+from harness.text import check_prompt, decode
+
+UNBORN, GONE, VISIBLE = range(3)
+LEGEND = {VISIBLE: ("#1f77b4", "visible"), GONE: ("#c6dbef", "evicted"), UNBORN: ("white", "not there yet")}
+READABLE = 64  # tokens that still fit below a picture, letter by letter
 
 
-def draw(rollout: smd.Rollout, prompt: str, response: str, path: Path) -> None:
-    """The record of sequence 0, one panel for each layer (down) and kv head (across)."""
-    L, _, G, T = rollout.evicted_at_LBGT.shape
-    P, text = rollout.prompt_NP.shape[1], prompt + response
-    i, j = torch.arange(P - 1, T - 1)[:, None], torch.arange(T - 1)
+def draw(dies_GT: torch.Tensor, tokens: list[str], first: int, path: Path) -> None:
+    """A layer's heads, one below the other: which key each query from column `first` on sees."""
+    i = torch.arange(first, len(tokens) - 1)[:, None]
+    j = torch.arange(len(tokens) - 1)
+    G = len(dies_GT)
     figure, axes = plt.subplots(
-        L, G, figsize=(3.2 * G, 1.1 * L + 0.8), layout="constrained", squeeze=False, sharex=True
+        G, 1, figsize=(7, 0.14 * len(i) * G + 0.45 * G + 0.7), layout="constrained", squeeze=False, sharex=True
     )
-    for l in range(L):
-        for g in range(G):
-            dies = rollout.evicted_at_LBGT[l, 0, g, : T - 1].cpu()
-            shade = torch.where(j > i, 0.0, torch.where(i < dies, 1.0, 0.25))
-            axes[l, g].imshow(shade, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
-            axes[l, g].set_title(f"layer {l}, head {g}", fontsize=8)
-            axes[l, g].set_yticks(range(len(i)), [text[n] if n < len(text) else "" for n in i[:, 0]], fontsize=6)
-            axes[l, g].set_xticks(range(T - 1), [text[n] if n < len(text) else "" for n in range(T - 1)], fontsize=5)
+    colours = plt.matplotlib.colors.ListedColormap([LEGEND[kind][0] for kind in (UNBORN, GONE, VISIBLE)])
+    for g, axis in enumerate(axes[:, 0]):
+        kind = torch.where(j > i, UNBORN, torch.where(i < dies_GT[g, : len(j)], VISIBLE, GONE))
+        axis.imshow(kind, cmap=colours, vmin=UNBORN, vmax=VISIBLE, aspect="auto", interpolation="nearest")
+        axis.set_ylabel(f"head {g}")
+        axis.set_yticks([])
+        if len(j) <= READABLE:
+            axis.set_xticks(range(len(j)), tokens[: len(j)], fontsize=9)
+    patches = [Patch(facecolor=colour, edgecolor="grey", label=name) for colour, name in LEGEND.values()]
+    figure.legend(handles=patches, loc="outside upper center", ncols=3, frameon=False)
     save(figure, path)
 
 
-def strip(rollout: smd.Rollout, text: str, l: int, g: int) -> str:
-    """What one head of sequence 0 saw: a line for each query, with the tokens that it sees."""
-    P, end = rollout.prompt_NP.shape[1], rollout.prompt_NP.shape[1] + rollout.length_B[0].item() - 1
-    dies = rollout.evicted_at_LBGT[l, 0, g].tolist()
-    rows = ("".join(text[j] if i < dies[j] else "·" for j in range(i + 1)) for i in range(P - 1, end))
+def view(dies_T: list[int], tokens: list[str], first: int) -> str:
+    """What one head saw, from column `first` on: a line for each query, with the tokens that it sees."""
+    rows = ("".join(tokens[j] if i < dies_T[j] else "·" for j in range(i + 1)) for i in range(first, len(tokens) - 1))
     return "\n".join(rows)
 
 
@@ -52,17 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of a run")
     parser.add_argument("--prompt")
+    parser.add_argument("--layer", type=int, default=-1)
     given = parser.parse_args()
     agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
     runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    require(-1 <= given.layer < agent.config.layers, f"--layer must be below {agent.config.layers}")
     example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
     check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")
     rollout, (response,) = agent.respond([example], 1, True, agent.keys(1, agent.s.seed, EVALUATION, 2))
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
-    l, g = rollout.evicted_at_LBGT.shape[0] - 1, 0
-    print(f"what layer {l}, head {g} saw, a line for each token that was drawn:")
-    print(strip(rollout, example.prompt + response, l, g))
-    draw(rollout, example.prompt, response, given.out / "mask.png")
+    prompt, drawn = rollout.prompt_NP[0].tolist(), rollout.response_BR[0, : rollout.length_B[0]].tolist()
+    tokens = [decode(agent.encoding, [token]) for token in prompt + drawn]
+    dies_GT = rollout.evicted_at_LBGT[given.layer, 0].cpu()
+    print(f"what head 0 of layer {given.layer % agent.config.layers} saw, a line for each token that was drawn:")
+    print(view(dies_GT[0].tolist(), tokens, len(prompt) - 1))
+    draw(dies_GT, tokens, len(prompt) - 1, given.out / "mask.png")
 
 
 if __name__ == "__main__":
