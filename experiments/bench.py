@@ -22,7 +22,7 @@ import smd
 from experiments import bench_model
 from experiments.common import command
 from harness.agent import Agent
-from harness.device import clock
+from harness.device import clock, precision
 from harness.memory import PeakBytes
 from harness.streams import PROMPTS as PROMPT_STREAM
 from harness.streams import torch_stream
@@ -72,16 +72,22 @@ def learner() -> dict[str, float]:
         reward_B = torch.rand(len(rollout.response_BR), device=s.device)
         policy = smd.Policy(agent.model, s)
         optimizer = policy.optimizer(lr=0.0)  # every repeat does the same
-        given = smd.prepare(policy, rollout, reward_B, s) if has_old else None
+        given = prepared(policy, rollout, reward_B, s) if has_old else None
 
         def step(args=(policy, rollout, reward_B, s), optimizer=optimizer, given=given, shared=shares_prompt) -> None:
             policy, rollout, _, s = args
-            batch = given or smd.prepare(*args)
+            batch = given or prepared(*args)
             batch = batch if shared else dataclasses.replace(batch, rollout=repeated(rollout))
             smd.update(policy, optimizer, batch, s, step=1)
 
         contenders[name] = step
     return medians(contenders, s.device, REPEATS)
+
+
+def prepared(policy: smd.Policy, rollout: smd.Rollout, reward_B: torch.Tensor, s: smd.Settings) -> smd.Batch:
+    """A batch as a training step makes it, in the type that the model computes in."""
+    with precision(s):
+        return smd.prepare(policy, rollout, reward_B, s)
 
 
 def long_learner(agent: Agent) -> dict[str, float]:
@@ -93,7 +99,7 @@ def long_learner(agent: Agent) -> dict[str, float]:
     rollout = draw(agent, PROMPTS, PROMPT, SAMPLES, s.max_new, 0.25)
     policy = smd.Policy(agent.model, s)
     optimizer = policy.optimizer(lr=0.0)
-    batch = smd.prepare(policy, rollout, torch.rand(len(rollout.response_BR), device=s.device), s)
+    batch = prepared(policy, rollout, torch.rand(len(rollout.response_BR), device=s.device), s)
     smd.update(policy, optimizer, batch, s, step=1)  # which makes the moments
     peak = PeakBytes()
     with peak:
@@ -136,7 +142,8 @@ def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float, policy: str
     changes |= dict(budget=share, policy=policy)
     eviction = None if share == 1 else dataclasses.replace(agent.eviction, **changes)
     # no token is -1, so that no response ends early
-    return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction)
+    with precision(agent.s):
+        return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction)
 
 
 def sampler(agent: Agent, theirs) -> dict[str, float]:

@@ -51,7 +51,9 @@ def step(model: str, method: str, prompts: int) -> list[float]:
         examples, key_N = agent.draw(number)
         rollout, texts = agent.respond(examples, s.samples, smd.METHODS[method].evicts, key_N)
         reward_B = torch.tensor(tasks.score(agent.task.reward, examples, texts), device=s.device)
-        smd.update(policy, optimizer, smd.prepare(policy, rollout, reward_B, s), s, number)
+        with device.precision(s):
+            batch = smd.prepare(policy, rollout, reward_B, s)
+        smd.update(policy, optimizer, batch, s, number)
 
     return seconds_of(once, s.device)
 
@@ -112,7 +114,8 @@ def generation(model: str, kept: float, new: int) -> list[float]:
     if kept:
         eviction = None if kept == 1 else dataclasses.replace(agent.eviction, budget=kept)
         pad_N = torch.zeros(N, dtype=torch.long, device=agent.s.device)
-        return seconds_of(lambda _: smd.sample(agent.model, tokens_NP, pad_N, S, new, -1, eviction), agent.s.device)
+        with device.precision(agent.s):
+            return seconds_of(lambda _: smd.sample(agent.model, tokens_NP, pad_N, S, new, -1, eviction), agent.s.device)
     with tempfile.TemporaryDirectory() as folder:
         theirs = transformers_model(agent, Path(folder)).eval()
     options = dict(attention_mask=torch.ones_like(tokens_NP), do_sample=True, top_k=0, num_return_sequences=S)

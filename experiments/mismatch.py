@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import smd
 from experiments.common import command, positive, table
-from harness import tasks
+from harness import device, tasks
 
 BATCHES = 5
 COLUMNS = dict(kl_sparse_dense="KL(sparse‖dense)", ess_sequence="ESS", overlap_p05="overlap p05", accuracy="right %")
@@ -26,7 +26,8 @@ def measured(agent, step: int) -> dict[str, float]:
     """The diagnosis of one batch, and how many of its responses are right."""
     examples, key_N = agent.draw(step)
     rollout, texts = agent.respond(examples, agent.s.samples, True, key_N)
-    found = smd.diagnose(agent.model, rollout, agent.s.backend)
+    with device.precision(agent.s):
+        found = smd.diagnose(agent.model, rollout, agent.s.backend)
     found["accuracy"] = 100 * tasks.accuracy(agent.task, texts, examples)
     return {heading: found[name] for name, heading in COLUMNS.items()}
 
