@@ -4135,7 +4135,8 @@ def test_23_a_model_is_measured_with_other_caches(tmp_path):
     smd.train(s)
     found = mismatch.measured(smd.agent_for(smd.checked(s)), 1)
     assert list(found) == list(mismatch.COLUMNS.values()) and found["KL(sparse‖dense)"] > 0
-    assert list(tolerance.tolerated(tmp_path / "run")) == ["100% kept", "50% kept", "25% kept", "12% kept"]
+    found = tolerance.tolerated(tmp_path / "run", runs.read_config(tmp_path / "run", Settings))
+    assert list(found) == ["100% kept", "50% kept", "25% kept", "12% kept"]
 
 
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):

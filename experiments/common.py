@@ -70,13 +70,18 @@ def make_base(given: dict) -> None:
         base.load_base(agent, pretrained.fingerprint(agent.s.model))
 
 
+def named(*words) -> str:
+    """The name of a file or folder; a model may be a path."""
+    return "-".join(map(str, words)).replace(os.sep, "_")
+
+
 def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:
     """A run for each of these settings, so many at a time, each with its share of the cores; in the order of `jobs`.
 
     A run's folder is named by all that is set, so that experiments find the runs that they have in common. Ctrl-C keeps
     what is there. Raises UsageError where the runs that are there started from another base policy than the new ones.
     """
-    folders = [out / "-".join(map(str, job.values())).replace(os.sep, "_") for job in jobs]
+    folders = [out / named(*job.values()) for job in jobs]
     given = dict(zip(folders, jobs, strict=True))
     done = {folder: run(folder, **job) for folder, job in given.items() if finished(folder, job["steps"])}
     todo = {folder: job for folder, job in given.items() if folder not in done}

@@ -113,8 +113,8 @@ def main() -> None:
     given = parser.parse_args()
     steps = steps_of(given, given.model)
     common = dict(eviction=given.eviction, steps=steps) | (dict(model=given.model) if given.model else {})
-    rates = RATES_OF_MODEL if given.model else RATES_OF_TOY
-    grid = [(method, lr) for method in given.methods for lr in rates]
+    tried = RATES_OF_MODEL if given.model else RATES_OF_TOY
+    grid = [(method, lr) for method in given.methods for lr in tried]
 
     def search(grid: list[tuple[str, float]]) -> dict:
         jobs = [dict(method=method, lr=lr, seed=SEARCH_SEED, **common) for method, lr in grid]
@@ -122,7 +122,7 @@ def main() -> None:
 
     with tqdm(total=len(grid) + len(given.methods) * given.seeds, desc="compare") as bar:
         searched = search(grid)
-        more = beyond(best_rates(searched), rates)
+        more = beyond(best_rates(searched), tried)
         bar.total += len(more)
         searched |= search(more)
         rates = best_rates(searched)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 import smd
-from experiments.common import colour, command, figures, label_ends, options, run_all, save, steps_of, table
+from experiments.common import colour, command, figures, label_ends, named, options, run_all, save, steps_of, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
 BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
@@ -57,6 +57,7 @@ SWEEPS_OF_MODEL = {
     ),
 }
 DEFAULTS_OF_MODEL = dict(budget=0.25, lam=smd.Settings.lam, asked=1, method="smd")
+# that of `smd.py`, until the search of `experiments.compare` on a model is finished
 RATES_OF_MODEL = dict(smd=1e-5, tis=1e-5, naive=1e-5)
 
 
@@ -119,7 +120,7 @@ def main() -> None:
     groups: dict[tuple[str, str], list] = {}
     for place, result in zip(places, done, strict=True):
         groups.setdefault(place, []).append(figures(*result))
-    name = "-".join(filter(None, (given.sweep, given.eviction, given.model)))
+    name = named(*filter(None, (given.sweep, given.eviction, given.model)))
     print(table({", ".join(place): runs for place, runs in groups.items()}, Path("out/sweep") / f"{name}.md"))
     draw(groups, axis_label, Path("out/sweep") / f"{name}.png")
 

@@ -106,21 +106,24 @@ class Store:
         seen_BGK.scatter_(-1, slot_BGn, seen_BGK.gather(-1, slot_BGn) & ~dies_BGn)
         died_BGT.scatter_(-1, column_BGn, died_BGT.gather(-1, column_BGn).masked_fill(dies_BGn, tokens))
 
-    def seen_parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Which slots are seen: (B, G, K) of `shared`, (N, G, K) the same by any sample, (B, G, K) of `own`."""
-        shared_BGK, own_BGK = self.seen_BGK.tensor_split([self.shared.column_XGK.shape[2]], dim=-1)
-        return shared_BGK, shared_BGK.unflatten(0, (-1, self.S)).any(dim=1), own_BGK
+    def seen_parts(self) -> tuple[Tensor, Tensor]:
+        """Which slots of `shared`, and which of `own`, each sample sees: (B, G, K) twice."""
+        return self.seen_BGK.tensor_split([self.shared.column_XGK.shape[2]], dim=-1)
+
+    def by_any(self, seen_BGK: Tensor) -> Tensor:
+        """What any sample of a prompt sees: (N, G, K)."""
+        return seen_BGK.unflatten(0, (-1, self.S)).any(dim=1)
 
     def seen_at_most(self) -> Tensor:
         """How many slots of `shared`, and how many of `own`, are seen where they are most: (2,)."""
-        _, by_any_NGK, own_BGK = self.seen_parts()
-        return torch.stack([seen_XGK.sum(dim=-1).max() for seen_XGK in (by_any_NGK, own_BGK)])
+        shared_BGK, own_BGK = self.seen_parts()
+        return torch.stack([seen_XGK.sum(dim=-1).max() for seen_XGK in (self.by_any(shared_BGK), own_BGK)])
 
     def drop_dead(self, shared: int, own: int, room: int) -> None:
         """Keep so many slots of either, which hold all that is seen, closed up, and add room for so many new tokens."""
-        shared_BGK, by_any_NGK, own_BGK = self.seen_parts()
-        if shared < by_any_NGK.shape[2]:
-            slot_NGn = pack(by_any_NGK, shared)
+        shared_BGK, own_BGK = self.seen_parts()
+        if shared < shared_BGK.shape[2]:
+            slot_NGn = pack(self.by_any(shared_BGK), shared)
             self.shared.take(slot_NGn)
             shared_BGK = shared_BGK.gather(-1, slot_NGn.repeat_interleave(self.S, dim=0))
         slot_BGn = pack(own_BGK, own)
