@@ -92,6 +92,7 @@ PAIRS = [
     if objective != "dpo" or smd.METHODS[method].weight is None
 ]
 DRAW_CURVES = report.draw_curves
+AGENT_FOR = smd.agent_for
 
 
 def small_model(dtype=torch.float64, seed=0, **changes) -> TinyModel:
@@ -4382,7 +4383,7 @@ def in_processes(count: int, folder: Path, call: str) -> list[subprocess.Popen]:
 
 def agent_in_float64(s: Settings) -> Agent:
     """An untrained layer whose responses end early, so that those of one process may all be shorter than another's."""
-    agent = Agent(s, smd.sample, Eviction(s.eviction, s.budget, s.interval, s.window, s.sinks, s.pool, s.protect))
+    agent = AGENT_FOR(s)
     agent.config = dataclasses.replace(agent.config, layers=1)
     agent.model = TinyModel(agent.config).double()
     table = agent.model.embed_tokens.weight.detach()
