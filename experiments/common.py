@@ -26,6 +26,8 @@ from harness.settings import OF_MODEL, OF_TOY
 # Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 CORES = os.cpu_count() or 1
+# a figure of 8 inches is still readable where a page shows it in 600 pixels
+plt.rcParams["font.size"] = 12
 
 
 def finished(out: Path, steps: int) -> bool:
@@ -196,6 +198,6 @@ def command(main: Callable[[], None]) -> None:
 
 def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
     print(path)
