@@ -1821,7 +1821,7 @@ def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys, monkeypatch):
     command = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu", "--prompt", "abbccddeefghijklmnop?b"]
     assert smd.main(command) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
-    assert lines[0].startswith("sparse cache: ") and lines[1].startswith("full cache:   ")
+    assert lines[0].startswith("sparse cache: ") and lines[1].startswith("dense cache:  ")
     # and not the weights of a fresh start
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]
     monkeypatch.setattr(Agent, "answer", lambda agent, _: str(agent.model.norm.weight.tolist()))
@@ -2233,7 +2233,7 @@ def test_8_a_run_leaves_a_model_that_another_goes_on_from(tmp_path, capsys):
         capsys.readouterr()
         assert smd.main([*asked, "--prompt", example.prompt]) == 0
         said = capsys.readouterr().out
-        assert said.startswith("sparse cache: ") and "\nfull cache:   " in said
+        assert said.startswith("sparse cache: ") and "\ndense cache:  " in said
     smd.train(small_run(folder, tmp_path / "run", overwrite=True, steps=0))
     assert pretrained.fingerprint(str(tmp_path / "run" / "model")), "a run of no steps leaves its model, too"
 
@@ -2503,12 +2503,13 @@ def test_9_the_evaluation_knows_which_cache_was_right_about_which_question():
     assert keys[:150] == keys[150:] and len(set(keys)) == 150, "each prompt draws the same with both caches"
     another, other_solver = solved(seed=5)
     assert another.evaluate() == found and other_solver.calls[-1] == solver.calls[-1], "the seed of the run decides"
+    assert agent.evaluate(("sparse",)) == {"sparse": of_a}
 
 
 def test_9_an_answer_stands_beside_its_cache():
     agent, solver = solved()
     prompt = agent.task.draw(1, numpy_stream(5))[0].prompt[:-1] + "b"
-    assert agent.answer(prompt) == f"sparse cache: ????\nfull cache:   {follow(prompt, 4)}"
+    assert agent.answer(prompt) == f"sparse cache: ????\ndense cache:  {follow(prompt, 4)}"
     assert [call[2] for call in solver.calls] == [agent.eviction, None]
     for wrong, message in (
         ("", "--prompt: the prompt must not be empty"),

@@ -25,7 +25,7 @@ def tolerated(run: Path, config: dict) -> dict[str, float]:
     found = {}
     for budget in BUDGETS:
         s = smd.Settings(**config | dict(model=str(run / "model"), budget=budget))
-        found[f"{budget:.0%} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate()["sparse"]
+        found[f"{budget:.0%} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate(("sparse",))["sparse"]
     return found
 
 

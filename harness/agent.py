@@ -15,8 +15,9 @@ from harness.tasks import TASKS, Example
 from harness.text import Form, check_examples, check_prompt, decode, load_encoding, tokenize
 from tiny_model import ModelConfig, TinyModel, never_evicted
 
+CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
 EVALUATION_BATCH = 64  # held-out prompts at a time
-PRETRAINED_BATCH = 16  # of a pretrained model, whose full cache of 64 prompts would be the most that a run ever holds
+PRETRAINED_BATCH = 16  # of a pretrained model, whose dense cache of 64 prompts would be the most that a run ever holds
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
 ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
 FINITE = 16  # tokens of the prompt with which the policy is tried after an update
@@ -94,8 +95,8 @@ class Agent:
         if not torch.stack([x.isfinite().all() for x in (logits_V, *self.model.parameters())]).all():
             raise FloatingPointError("the updated policy is not finite")
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on fixed held-out prompts, one sample each, with the sparse and with the full cache."""
+    def evaluate(self, caches: tuple[str, ...] = CACHES) -> dict[str, float]:
+        """Accuracy on fixed held-out prompts, one sample each, with the sparse cache and with the dense one."""
         held_out = self.task.held_out(self.s.eval_prompts)
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.source is None else PRETRAINED_BATCH
@@ -103,17 +104,17 @@ class Agent:
         # of several processes, each takes whole batches: so they are those of a single one
         batches = batches[parallel.share(len(batches))]
 
-        def answers(evict: bool) -> list[str]:
+        def answers(cache: str) -> list[str]:
             texts = []
             for batch in batches:
-                texts += self.respond(held_out[batch], 1, evict, key_N[batch])[1]
+                texts += self.respond(held_out[batch], 1, cache == "sparse", key_N[batch])[1]
                 progress.step()
             return texts
 
         found = {}
-        with Progress("evaluation", 2 * len(batches), lines=0) as progress:
-            for cache, evict in (("sparse", True), ("dense", False)):
-                texts = parallel.listed(parallel.agreed(answers, evict))
+        with Progress("evaluation", len(caches) * len(batches), lines=0) as progress:
+            for cache in caches:
+                texts = parallel.listed(parallel.agreed(answers, cache))
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
 
@@ -130,7 +131,7 @@ class Agent:
         check_prompt(self.form, example, max_new, self.context, "--prompt: ")
         key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         lines = []
-        for name, evict in (("sparse cache", True), ("full cache", False)):
-            _, (response,) = self.respond([example], 1, evict, key_N, max_new=max_new)
-            lines.append(f"{name + ':':14}{response}")
+        for cache in CACHES:
+            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new=max_new)
+            lines.append(f"{cache + ' cache:':14}{response}")
         return "\n".join(lines)
