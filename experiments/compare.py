@@ -18,17 +18,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from experiments.common import (
-    colour,
-    command,
-    figures,
-    label_ends,
-    options,
-    run_all,
-    save,
-    steps_of,
-    table,
-)
+from experiments.common import colour, command, figures, label_ends, options, run_all, save, steps_of, table
 
 RATES_OF_TOY, RATES_OF_MODEL = (1e-4, 2e-4, 4e-4), (5e-6, 1e-5, 2e-5)
 SEARCH_SEED = 100

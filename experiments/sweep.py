@@ -40,20 +40,18 @@ DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose
 RATES = dict(smd=2e-4, naive=2e-4, seq_is=1e-4)
 
-# the same of a real model; a protected prompt has a budget that is the response's own, in keys
+# the same of a real model
 KEPT = {f"{b:.0%} by {e}": dict(budget=b, eviction=e) for e in ("snapkv", "random") for b in (0.25, 0.12)}
-KEPT["12 keys, prompt protected"] = dict(budget=12, eviction="random", protect="prompt")
+# of three codes, which are 14 tokens: beside the whole prompt, 4 keys of the response
+PROTECTED = dict(budget=4, window=2, eviction="random", protect="prompt")
+ANSWERS = [(f"{asked}, {kept}", dict(asked=asked) | given) for asked in (1, 3) for kept, given in KEPT.items()]
+ANSWERS += [("3, 4 keys beside the prompt", dict(asked=3) | PROTECTED)]
 SWEEPS_OF_MODEL = {
     "eviction": ("eviction policy", [(p, "smd", dict(eviction=p)) for p in smd.EVICTIONS]),
     "lam": ("λ", [(f"{v:g}", "smd", dict(lam=v)) for v in (0.0, 0.1, 0.3)]),
     "answer": (
         "codes asked, keys kept",
-        [
-            (f"{asked}, {kept}", m, dict(asked=asked, method=m) | settings)
-            for asked in (1, 3)
-            for kept, settings in KEPT.items()
-            for m in ("smd", "tis", "naive")
-        ],
+        [(kept, m, given | dict(method=m)) for kept, given in ANSWERS for m in ("smd", "tis", "naive")],
     ),
 }
 DEFAULTS_OF_MODEL = dict(budget=0.25, lam=smd.Settings.lam, asked=1, method="smd")
