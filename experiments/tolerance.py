@@ -2,8 +2,9 @@
 
     python -m experiments.tolerance --runs out/compare/runs
 
-Of the runs in the folder, those that `experiments.compare --model` reports, seed by seed: the policy in their model/,
-on the held-out prompts, with 100, 50, 25 and 12 % of each prompt kept by the run's eviction policy.
+Of the runs in the folder, those of three methods (--methods) that `experiments.compare --model` reports, seed by seed:
+the policy in their model/, on the held-out prompts, with 100, 50, 25 and 12 % of each prompt kept by the run's eviction
+policy.
 """
 
 import argparse
@@ -32,14 +33,14 @@ def tolerated(run: Path, config: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=["dense", "naive", "smd"], choices=list(smd.METHODS))
     given = parser.parse_args()
-    folders = [path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]
-    require(folders, f"{given.runs} holds no run of a model; make some with experiments.compare --model")
     groups: dict[str, list] = {}
-    for run in tqdm(folders):
+    for run in tqdm([path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]):
         config = runs.read_config(run, smd.Settings)
-        if config["seed"] != SEARCH_SEED:
+        if config["seed"] != SEARCH_SEED and config["method"] in given.methods:
             groups.setdefault(config["method"], []).append(tolerated(run, config))
+    require(groups, f"{given.runs} holds no such run of a model; make some with experiments.compare --model")
     print(table(groups, Path("out/tolerance.md")))
 
 
