@@ -4158,6 +4158,10 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     with pytest.raises(cli.UsageError, match="holds a run with --eviction snapkv, not random"):
         common.run(folder, **jobs[0] | {"eviction": "random"})
     compare.draw(by_method, tmp_path / "curves.png")
+    of_run = dict(steps=5, before=dict(sparse=0.1, dense=0.2), after=dict(sparse=0.5, dense=0.75))
+    rows = [dict(step=2, held_out_sparse=0.25, held_out_dense=0.5), dict(step=3)]
+    assert compare.curve(of_run, rows, "dense") == ([0, 2, 5], [20.0, 50.0, 75.0])
+    assert compare.along(of_run, rows)["sparse %, 5"] == 50.0
     sweep.draw({("50%", method): runs for method, runs in groups.items()}, "kept", tmp_path / "sweep.png")
     assert (tmp_path / "curves.png").exists() and (tmp_path / "sweep.png").exists()
     assert (tmp_path / "table.md").read_text().count("\n") == 4

@@ -78,6 +78,15 @@ def curve(summary: dict, rows: list[dict], cache: str) -> tuple[list[int], list[
     return list(points), [100 * accuracy for accuracy in points.values()]
 
 
+def along(summary: dict, rows: list[dict]) -> dict[str, float]:
+    """The columns of a table of both accuracies over the steps, of one run."""
+    found = {}
+    for cache in ("sparse", "dense"):
+        steps, values = curve(summary, rows, cache)
+        found |= {f"{cache} %, {step}": value for step, value in zip(steps, values, strict=True)}
+    return found
+
+
 def draw(done: dict[str, list], path: Path) -> None:
     """Held-out accuracy over the steps, sparse and dense cache side by side; thin: each seed, thick: their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
@@ -123,12 +132,12 @@ def main() -> None:
         common |= dict(eval_every=max(1, steps // 5))
         jobs = [dict(method=m, lr=rates[m], seed=n, **common) for n in range(given.seeds) for m in rates]
         done = run_all(given.out / "runs", jobs, given.jobs, bar)
-    print(
-        table({f"{m}, lr {lr:g}": [figures(*result)] for (m, lr), result in searched.items()}, given.out / "search.md")
-    )
+    named = {f"{m}, lr {lr:g}": [figures(*result)] for (m, lr), result in searched.items()}
+    print(table(named, given.out / "search.md"))
     by_method = {m: [result for job, result in zip(jobs, done, strict=True) if job["method"] == m] for m in rates}
-    named = {f"{m}, lr {rates[m]:g}": [figures(*result) for result in runs] for m, runs in by_method.items()}
-    print(table(named, given.out / "table.md"))
+    for columns, name in (figures, "table"), (along, "steps"):
+        named = {f"{m}, lr {rates[m]:g}": [columns(*result) for result in runs] for m, runs in by_method.items()}
+        print(table(named, given.out / f"{name}.md"))
     by_rate = {lr: [] for _, lr in searched}
     for (method, lr), result in searched.items():
         if smd.METHODS[method].evicts:
