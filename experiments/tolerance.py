@@ -39,7 +39,9 @@ def main() -> None:
     for run in tqdm([path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]):
         config = runs.read_config(run, smd.Settings)
         if config["seed"] != SEARCH_SEED and config["method"] in given.methods:
-            groups.setdefault(config["method"], []).append(tolerated(run, config))
+            found = tolerated(run, config)
+            groups.setdefault(config["method"], []).append(found)
+            groups[f"{config['method']}, seed {config['seed']}"] = [found]
     require(groups, f"{given.runs} holds no such run of a model; make some with experiments.compare --model")
     print(table(groups, Path("out/tolerance.md")))
 
