@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 import smd
 from experiments.common import colour, command, figures, label_ends, options, run_all, save, steps_of, table
+from harness.agent import CACHES
+from harness.report import held_out
 
 RATES_OF_TOY, RATES_OF_MODEL = (1e-4, 2e-4, 4e-4), (5e-6, 1e-5, 2e-5)
 SEARCH_SEED = 100
@@ -63,7 +65,7 @@ def predictors(runs: dict[float, list[tuple[dict, list[dict]]]]) -> str:
             [statistics.mean(row[name] for row in rows[: len(rows) // 4 or 1] if name in row) for _, rows in group]
             for group in runs.values()
         ]
-        for cache in ("sparse", "dense"):
+        for cache in CACHES:
             final = [[summary["after"][cache] for summary, _ in group] for group in runs.values()]
             line += f"{rank_correlation(early, final):14.2f}"
         lines.append(line)
@@ -72,16 +74,14 @@ def predictors(runs: dict[float, list[tuple[dict, list[dict]]]]) -> str:
 
 def curve(summary: dict, rows: list[dict], cache: str) -> tuple[list[int], list[float]]:
     """Steps, and the held-out accuracy in percent at each, from before the first step to after the last."""
-    points = {0: summary["before"][cache]}
-    points |= {row["step"]: row[f"held_out_{cache}"] for row in rows if f"held_out_{cache}" in row}
-    points |= {summary["steps"]: summary["after"][cache]}
-    return list(points), [100 * accuracy for accuracy in points.values()]
+    steps, values = held_out(rows, summary, cache)
+    return steps, [100 * accuracy for accuracy in values]
 
 
 def along(summary: dict, rows: list[dict]) -> dict[str, float]:
     """The columns of a table of both accuracies over the steps, of one run."""
     found = {}
-    for cache in ("sparse", "dense"):
+    for cache in CACHES:
         steps, values = curve(summary, rows, cache)
         found |= {f"{cache} %, {step}": value for step, value in zip(steps, values, strict=True)}
     return found
@@ -90,7 +90,7 @@ def along(summary: dict, rows: list[dict]) -> dict[str, float]:
 def draw(done: dict[str, list], path: Path) -> None:
     """Held-out accuracy over the steps, sparse and dense cache side by side; thin: each seed, thick: their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
-    for axis, cache in zip(axes, ("sparse", "dense"), strict=True):
+    for axis, cache in zip(axes, CACHES, strict=True):
         ends = {}
         for method, runs in done.items():
             curves = [curve(summary, rows, cache) for summary, rows in runs]

@@ -103,18 +103,22 @@ def points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in taken], [row[name] for row in taken]
 
 
+def held_out(rows: list[dict], summary: dict, cache: str) -> tuple[list[int], list[float]]:
+    """Steps, and the held-out accuracy at each, from before the first step to after the last."""
+    steps, values = points(rows, f"held_out_{cache}")
+    found = {0: summary["before"][cache]}
+    found |= dict(zip(steps, values, strict=True))
+    found |= {summary["steps"]: summary["after"][cache]}
+    return list(found), list(found.values())
+
+
 def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> None:
     """Left: does it learn? Right: how far the learner and the dense policy are from what was sampled."""
     import matplotlib.pyplot as plt  # here, because it takes a second that a test or an error message need not wait
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for cache, style in (("sparse", "o-"), ("dense", "o--")):
-        steps, values = points(rows, f"held_out_{cache}")
-        steps = [0, *steps]
-        values = [summary["before"][cache], *values]
-        if steps[-1] != summary["steps"]:
-            steps.append(summary["steps"])
-            values.append(summary["after"][cache])
+        steps, values = held_out(rows, summary, cache)
         left.plot(steps, values, style, color=colour(method), markersize=4, label=f"held-out accuracy, {cache} cache")
     steps, rewards = points(rows, "reward")
     left.plot(steps, rewards, color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
