@@ -4130,15 +4130,19 @@ def test_23_an_experiment_takes_as_many_steps_as_a_run(command, model, monkeypat
     assert {job.get("model") for job in asked} == {model}
 
 
-def test_23_a_model_is_measured_with_other_caches(tmp_path):
+def test_23_a_model_is_measured_with_other_caches(tmp_path, monkeypatch):
     from experiments import mismatch, tolerance
 
     s = small_run(model_folder(tmp_path / "first"), tmp_path / "run")
     smd.train(s)
     found = mismatch.measured(smd.agent_for(smd.checked(s)), 1)
     assert list(found) == list(mismatch.COLUMNS.values()) and found["KL(sparse‖dense)"] > 0
+    asked = []
+    monkeypatch.setattr(smd, "agent_for", lambda s: asked.append(s) or AGENT_FOR(s))
     found = tolerance.tolerated(tmp_path / "run", runs.read_config(tmp_path / "run", Settings))
     assert list(found) == ["100% kept", "50% kept", "25% kept", "12% kept"]
+    assert [s.budget for s in asked] == [1.0, 0.5, 0.25, 0.12], "each column has its own budget"
+    assert {s.model for s in asked} == {str(tmp_path / "run" / "model")}, "and the policy that was trained"
 
 
 def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeypatch):
