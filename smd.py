@@ -338,7 +338,13 @@ class Cache:
         """All layers have the prompts: make room for what their samples add."""
         with self.memory:
             for layer in self.layers:
+                self.forget_queries(layer)
                 layer.branch(self.S, self.max_new, self.room())
+
+    def forget_queries(self, layer: Store) -> None:
+        """Where nothing will be chosen any more: every sample has its own, which may be more than all its keys."""
+        if self.room() < self.eviction.interval:
+            layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
 
     def decode(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
@@ -380,8 +386,7 @@ class Cache:
                 if over:
                     for n, b in layer.parts(CHOOSING):
                         self.evict(l, n, b)
-                if self.room() < self.eviction.interval:  # nothing will be chosen any more
-                    layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
+                self.forget_queries(layer)
             # of all layers at once, because on CUDA the answer is waited for
             counts = torch.stack([layer.seen_at_most() for layer in self.layers]).tolist()
             for layer, (shared, own) in zip(self.layers, counts, strict=True):
