@@ -4121,10 +4121,8 @@ def test_23_the_loss_that_the_notebook_lifts_out_is_the_learners():
         names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=s.max_new)
 
 
-@pytest.mark.parametrize("model", [None, "smollm2"])
-@pytest.mark.parametrize("command", ["compare", "sweep lam"])
-def test_23_an_experiment_takes_as_many_steps_as_a_run(command, model, monkeypatch):
-    words = command.split() + (["--model", model] if model else [])
+def jobs_asked(words, monkeypatch):
+    """The runs with which an experiment would begin."""
     experiment = importlib.import_module(f"experiments.{words[0]}")
     asked = []
 
@@ -4136,8 +4134,21 @@ def test_23_an_experiment_takes_as_many_steps_as_a_run(command, model, monkeypat
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(InterruptedError):
         experiment.main()
+    return asked
+
+
+@pytest.mark.parametrize("model", [None, "smollm2"])
+@pytest.mark.parametrize("command", ["compare", "sweep lam"])
+def test_23_an_experiment_takes_as_many_steps_as_a_run(command, model, monkeypatch):
+    asked = jobs_asked(command.split() + (["--model", model] if model else []), monkeypatch)
     assert {job["steps"] for job in asked} == {smd.checked(Settings(model=model)).steps}
     assert {job.get("model") for job in asked} == {model}
+
+
+def test_23_a_comparison_with_a_cache_and_rates_of_its_own(monkeypatch):
+    words = ["compare", "--budget", "0.12", "--rates", "0.5", "0.25", "--methods", "smd", "tis"]
+    asked = [(job["method"], job["lr"], job["budget"]) for job in jobs_asked(words, monkeypatch)]
+    assert asked == [("smd", 0.5, 0.12), ("smd", 0.25, 0.12), ("tis", 0.5, 0.12), ("tis", 0.25, 0.12)]
 
 
 def test_23_a_model_is_measured_with_other_caches(tmp_path, monkeypatch):
