@@ -1412,7 +1412,7 @@ def test_4_and_so_while_decoding(policy, monkeypatch):
     assert counted < 1.05 * traced, f"{counted} counted, {traced} allocated"
 
 
-@pytest.mark.parametrize("max_new, held", [(5, 0), (6, 4)])
+@pytest.mark.parametrize("max_new, held", [(5, 0), (9, 4)])
 def test_4_queries_are_held_while_a_choice_is_to_come(max_new, held):
     """Every sample has its own: of a short answer they would be more than all its keys."""
     cache = smd.Cache(torch.tensor([0, 3]), 3, 12, max_new, Eviction("snapkv", 6, interval=5), torch.arange(2))
@@ -1420,6 +1420,11 @@ def test_4_queries_are_held_while_a_choice_is_to_come(max_new, held):
         cache.prefill(l, *torch.randn(3, 2, 4, 12, 8, generator=torch.Generator().manual_seed(l)))
     cache.branch()
     assert [layer.q_BHWD.shape[2] for layer in cache.layers] == [held, held]
+    for token in torch.randn(max_new - 1, 3, 6, 4, 1, 8, generator=torch.Generator().manual_seed(2)):
+        for l in range(2):
+            cache.decode(l, *token)
+        cache.token_done()
+    assert [layer.q_BHWD.shape[2] for layer in cache.layers] == [0, 0], "after the last choice"
 
 
 # Lemma 5: policies, on cases small enough to work out by hand
