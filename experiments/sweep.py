@@ -7,8 +7,8 @@
 
     python -m experiments.sweep eviction --model smollm2    every eviction policy at 25 %: smd
     python -m experiments.sweep lam --model smollm2         λ = 0, 0.1, 0.3 at 25 %: smd
-    python -m experiments.sweep answer --model smollm2      1 and 3 codes asked, 25 and 12 % kept, by snapkv and at
-                                                            random, and with the prompt protected: smd, tis, naive
+    python -m experiments.sweep answer --model smollm2      smd, tis, naive: one code asked, 25 and 12 % kept, by snapkv
+                                                            and at random; three, by snapkv and beside the whole prompt
 
 Three seeds each (--seeds), snapkv (--eviction), each method at its own learning rate. What is finished is never run
 again; another length of the answer has its own base policy.
@@ -41,11 +41,12 @@ DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 RATES = dict(smd=2e-4, naive=2e-4, seq_is=1e-4)
 
 # the same of a real model
-KEPT = {f"{b:.0%} by {e}": dict(budget=b, eviction=e) for e in ("snapkv", "random") for b in (0.25, 0.12)}
+BY_SNAPKV = {f"{b:.0%} by snapkv": dict(budget=b, eviction="snapkv") for b in (0.25, 0.12)}
+AT_RANDOM = {f"{b:.0%} at random": dict(budget=b, eviction="random") for b in (0.25, 0.12)}
 # of three codes, which are 14 tokens: beside the whole prompt, 4 keys of the response
-PROTECTED = dict(budget=4, window=2, eviction="random", protect="prompt")
-ANSWERS = [(f"{asked}, {kept}", dict(asked=asked) | given) for asked in (1, 3) for kept, given in KEPT.items()]
-ANSWERS += [("3, 4 keys beside the prompt", dict(asked=3) | PROTECTED)]
+BESIDE = {"4 keys beside the prompt": dict(budget=4, window=2, eviction="random", protect="prompt")}
+ANSWERS = [(f"1, {kept}", dict(asked=1) | given) for kept, given in (BY_SNAPKV | AT_RANDOM).items()]
+ANSWERS += [(f"3, {kept}", dict(asked=3) | given) for kept, given in (BY_SNAPKV | BESIDE).items()]
 SWEEPS_OF_MODEL = {
     "eviction": ("eviction policy", [(p, "smd", dict(eviction=p)) for p in smd.EVICTIONS]),
     "lam": ("λ", [(f"{v:g}", "smd", dict(lam=v)) for v in (0.0, 0.1, 0.3)]),
