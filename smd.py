@@ -342,7 +342,7 @@ class Cache:
                 layer.branch(self.S, self.max_new, self.room())
 
     def forget_queries(self, layer: Store) -> None:
-        """Where nothing will be chosen any more: every sample has its own, which may be more than all its keys."""
+        """Drop the last queries once no choice will read them: those of all samples may be more than all their keys."""
         if self.room() < self.eviction.interval:
             layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
 

@@ -120,7 +120,11 @@ def main() -> None:
     given = parser.parse_args()
     steps = steps_of(given, given.model)
     common = dict(eviction=given.eviction, steps=steps)
-    common |= {name: value for name in ("model", "budget") if (value := getattr(given, name)) is not None}
+    # a run's folder is named by what is set, so nothing is set that was not given
+    if given.model is not None:
+        common["model"] = given.model
+    if given.budget is not None:
+        common["budget"] = given.budget
     tried = given.rates or (RATES_OF_MODEL if given.model else RATES_OF_TOY)
     grid = [(method, lr) for method in given.methods for lr in tried]
 
