@@ -38,7 +38,7 @@ SWEEPS = {
 }
 DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose; below, with --model
-RATES = dict(smd=2e-4, naive=2e-4, seq_is=1e-4)
+RATES = dict(smd=2e-4, naive=2e-4, seq_is=2e-4)
 
 # the same of a real model
 BY_SNAPKV = {f"{b:.0%} by snapkv": dict(budget=b, eviction="snapkv") for b in (0.25, 0.12)}
