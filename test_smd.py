@@ -1412,7 +1412,7 @@ def test_4_and_so_while_decoding(policy, monkeypatch):
     assert counted < 1.05 * traced, f"{counted} counted, {traced} allocated"
 
 
-@pytest.mark.parametrize("max_new, held", [(5, 0), (9, 4)])
+@pytest.mark.parametrize("max_new, held", [(5, 0), (6, 4), (9, 4)])
 def test_4_queries_are_held_while_a_choice_is_to_come(max_new, held):
     """Every sample has its own: of a short answer they would be more than all its keys."""
     cache = smd.Cache(torch.tensor([0, 3]), 3, 12, max_new, Eviction("snapkv", 6, interval=5), torch.arange(2))

@@ -148,19 +148,6 @@ def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float, policy: str
         return smd.sample(agent.model, *random_prompts(agent, N, P), S, R, -1, eviction)
 
 
-def with_products_of_torch(do: Callable) -> Callable:
-    """The same, but multiplied by the library that torch takes by itself: one token at a time, `generate` is faster."""
-    matmul = torch.backends.mkldnn.matmul
-
-    def run() -> None:
-        ours = matmul.fp32_precision
-        matmul.fp32_precision = OF_TORCH
-        do()
-        matmul.fp32_precision = ours
-
-    return run
-
-
 def sampler(agent: Agent, theirs) -> dict[str, float]:
     """Tokens per second at each kept share; and of `generate` of the transformers package, where it is installed.
 
@@ -174,7 +161,16 @@ def sampler(agent: Agent, theirs) -> dict[str, float]:
         tokens_NP, _ = random_prompts(agent, PROMPTS, PROMPT)
         options = dict(do_sample=True, top_k=0, num_return_sequences=SAMPLES, attention_mask=torch.ones_like(tokens_NP))
         options |= dict(min_new_tokens=NEW, max_new_tokens=NEW)
-        contenders["transformers"] = with_products_of_torch(lambda: theirs.generate(tokens_NP, **options))
+        matmul = torch.backends.mkldnn.matmul
+        of_run = matmul.fp32_precision
+
+        def generate() -> None:
+            # one token at a time, theirs is faster with the library that torch takes by itself
+            matmul.fp32_precision = OF_TORCH
+            theirs.generate(tokens_NP, **options)
+            matmul.fp32_precision = of_run
+
+        contenders["transformers"] = generate
     seconds = medians(contenders, agent.s.device, 3)
     return {name: PROMPTS * SAMPLES * NEW / value for name, value in seconds.items()}
 
