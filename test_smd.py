@@ -4156,6 +4156,16 @@ def test_23_a_comparison_with_a_cache_and_rates_of_its_own(monkeypatch):
     assert asked == [("smd", 0.5, 0.12), ("smd", 0.25, 0.12), ("tis", 0.5, 0.12), ("tis", 0.25, 0.12)]
 
 
+def test_23_a_sweep_of_answers_asks_as_it_says(monkeypatch):
+    """One code with a choice that reads the question and one that does not; three with one, and beside the prompt."""
+    jobs = jobs_asked(["sweep", "answer", "--model", "smollm2", "--seeds", "1"], monkeypatch)
+    asked = [tuple(job.get(name) for name in ("asked", "budget", "eviction", "protect", "method")) for job in jobs]
+    caches = [(1, 0.25, "snapkv", None), (1, 0.12, "snapkv", None)]
+    caches += [(1, 0.25, "random", None), (1, 0.12, "random", None)]
+    caches += [(3, 0.25, "snapkv", None), (3, 0.12, "snapkv", None), (3, 4, "random", "prompt")]
+    assert asked == [(*cache, method) for cache in caches for method in ("smd", "tis", "naive")]
+
+
 def test_23_a_model_is_measured_with_other_caches(tmp_path, monkeypatch):
     from experiments import mismatch, tolerance
 
