@@ -29,6 +29,7 @@ above; the RoPE position is the column less the padding before it.
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
 
 def checked(s: Settings) -> Settings:
     """Settings with what task, model and machine decide filled in; UsageError for what no run could use."""
+    if s.budget is not None:
+        parse_budget(s.budget)
     cli.check_values(s, CHOICES)
     weighted_dpo = s.objective == "dpo" and METHODS[s.method].weight is not None
     require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
@@ -95,7 +98,7 @@ class Eviction:
     """What the sampler keeps in each layer and kv head; window, sinks and pool where the policy's `Rule` says so."""
 
     policy: str
-    budget: int | float  # entries: a count, or a share of each prompt
+    budget: int | str  # entries: a count (22), or a share of each prompt ("65%")
     interval: int = 4  # tokens between two compressions
     window: int = 4
     sinks: int = 1
@@ -104,22 +107,41 @@ class Eviction:
 
     def keep(self, length_N: Tensor) -> Tensor:
         """Entries to keep of prompts of these lengths (N,); UsageError where the policy is forced to keep more."""
-        if isinstance(self.budget, int):
-            keep_N = torch.full_like(length_N, self.budget)
-            of = ""
-        else:
-            require(0 < self.budget <= 1, f"budget, as a share, must be above 0 and at most 1, got {self.budget}")
-            # exact, as it is written: in floating point 0.07 of 100 tokens are more than 7
-            share = Fraction(str(self.budget))
-            keep_N = length_N.new_tensor([math.ceil(share * length) for length in length_N.tolist()])
-            of = f" ({self.budget} of a prompt of {length_N.min()} tokens)"
-        rule = EVICTIONS[self.policy]
-        forced = {"sinks": self.sinks} if rule.sinks and not self.protect else {}
-        forced |= {"window": self.window} if rule.window else {"1": 1}
-        least = sum(forced.values())
-        need = f"{' + '.join(forced)} = {least}".removeprefix("1 = ")
+        keep_N = self.wanted(length_N)
+        least = sum(self.forced.values())
+        need = f"{' + '.join(self.forced)} = {least}".removeprefix("1 = ")
+        of = f" ({self.budget} of a prompt of {length_N.min()} tokens)" if "%" in str(self.budget) else ""
         require(keep_N.min() >= least, f"budget must be at least {need}, got {keep_N.min()}{of}")
         return keep_N
+
+    def wanted(self, length_N: Tensor) -> Tensor:
+        """Entries (N,) that the budget asks for of prompts of these lengths (N,)."""
+        budget = parse_budget(self.budget)
+        if isinstance(budget, int):
+            return torch.full_like(length_N, budget)
+        return length_N.new_tensor([math.ceil(budget * length) for length in length_N.tolist()])
+
+    @property
+    def forced(self) -> dict[str, int]:
+        """Entries that the policy keeps whatever the budget says, by the name of their setting; at least one."""
+        rule = EVICTIONS[self.policy]
+        sinks = {"sinks": self.sinks} if rule.sinks and not self.protect else {}
+        return sinks | ({"window": self.window} if rule.window else {"1": 1})
+
+
+def parse_budget(budget: int | str) -> int | Fraction:
+    """A count of entries (22), or a share of each prompt ("65%"), exact as it is written; UsageError for all else."""
+    text = str(budget)
+    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)%", text)
+    share = Fraction(percent[1]) / 100 if percent else 0
+    if 0 < share <= 1:
+        return share
+    # a share was once written as a number from 0 to 1
+    old = re.fullmatch(r"(0?\.[0-9]+|1\.0*)", text)
+    hint = f"; as a share that is {100 * float(text):g}%" if old else ""
+    form = "budget must be a count of keys, such as 22, or a share of the prompt, such as 65% (at most 100%)"
+    require(re.fullmatch("[0-9]{1,9}", text) is not None, f"{form}, got {text}{hint}")
+    return int(text)
 
 
 @dataclass

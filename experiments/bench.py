@@ -141,7 +141,7 @@ def random_prompts(agent: Agent, N: int, P: int) -> tuple[Tensor, Tensor]:
 
 def draw(agent: Agent, N: int, P: int, S: int, R: int, share: float, policy: str = "snapkv", **changes) -> smd.Rollout:
     """N prompts of P random tokens, S samples of exactly R tokens; with a share of 1 from the full cache."""
-    changes |= dict(budget=share, policy=policy)
+    changes |= dict(budget=f"{share:.0%}", policy=policy)
     eviction = None if share == 1 else dataclasses.replace(agent.eviction, **changes)
     # no token is -1, so that no response ends early
     with precision(agent.s):

@@ -112,7 +112,7 @@ def generation(model: str, kept: float, new: int) -> list[float]:
     generator = torch_stream(agent.s.device, 0, PROMPTS)
     tokens_NP = torch.randint(1000, 40_000, (N, P), generator=generator, device=agent.s.device)
     if kept:
-        eviction = None if kept == 1 else dataclasses.replace(agent.eviction, budget=kept)
+        eviction = None if kept == 1 else dataclasses.replace(agent.eviction, budget=f"{kept:.0%}")
         pad_N = torch.zeros(N, dtype=torch.long, device=agent.s.device)
         with device.precision(agent.s):
             return seconds_of(lambda _: smd.sample(agent.model, tokens_NP, pad_N, S, new, -1, eviction), agent.s.device)

@@ -73,8 +73,8 @@ def make_base(given: dict) -> None:
 
 
 def named(*words) -> str:
-    """The name of a file or folder; a model may be a path."""
-    return "-".join(map(str, words)).replace(os.sep, "_")
+    """The name of a file or folder; a model may be a path, a budget a share."""
+    return "-".join(map(str, words)).replace(os.sep, "_").replace("%", "pct")
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[tuple[dict, list[dict]]]:

@@ -3,7 +3,7 @@
     python -m experiments.compare                                    6 methods x (3 or 4, and 5) runs
     python -m experiments.compare --methods smd naive --seeds 3      part of it; what is finished is never run again
     python -m experiments.compare --model smollm2 --seeds 3          the same on a real model
-    python -m experiments.compare --model smollm2 --seeds 3 --budget 0.12 --rates 2e-5 4e-5 8e-5 --out out/twelve
+    python -m experiments.compare --model smollm2 --seeds 3 --budget 12% --rates 2e-5 4e-5 8e-5 --out out/twelve
 
 Each method gets the same search: three learning rates on one seed outside the reported ones; the one with the highest
 mean reward of its own rollouts over the last quarter of the steps is taken. Where it is at an end of the three, one
@@ -113,7 +113,7 @@ def main() -> None:
     options(parser, seeds=5)
     parser.add_argument("--model")
     parser.add_argument("--eviction", default=smd.Settings.eviction, choices=list(smd.EVICTIONS))
-    parser.add_argument("--budget", type=cli.number, help="keys kept, as for a run (default: a run's)")
+    parser.add_argument("--budget", type=cli.count_or_share, help="keys kept, as for a run (default: a run's)")
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates of the search")
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
     parser.add_argument("--out", type=Path, default=Path("out/compare"))

@@ -19,7 +19,7 @@ from harness import device, tasks
 
 BATCHES = 5
 COLUMNS = dict(kl_sparse_dense="KL(sparse‖dense)", ess_sequence="ESS", overlap_p05="overlap p05", accuracy="right %")
-BUDGETS = 0.5, 0.25
+BUDGETS = "50%", "25%"
 
 
 def measured(agent, step: int) -> dict[str, float]:
@@ -40,7 +40,7 @@ def main() -> None:
     groups = {}
     for policy, budget in tqdm(list(itertools.product(smd.EVICTIONS, BUDGETS))):
         agent = smd.agent_for(smd.checked(smd.Settings(model=given.model, eviction=policy, budget=budget, max_new=10)))
-        groups[f"{policy}, {budget:.0%}"] = [measured(agent, step) for step in range(1, given.batches + 1)]
+        groups[f"{policy}, {budget}"] = [measured(agent, step) for step in range(1, given.batches + 1)]
     print(table(groups, Path("out/mismatch.md")))
 
 

@@ -26,23 +26,23 @@ import smd
 from experiments.common import colour, command, figures, label_ends, named, options, run_all, save, steps_of, table
 
 # sweep -> its axis, and the runs at each point of it: (label of the point, label of the line, settings)
-BOTH, SHARES = ("smd", "naive"), (1.0, 0.75, 0.5, 0.35, 0.25)
+BOTH, SHARES = ("smd", "naive"), ("100%", "75%", "50%", "35%", "25%")
 SWEEPS = {
-    "budget": ("prompt's keys kept", [(f"{b:.0%}", m, dict(budget=b, method=m)) for b in SHARES for m in BOTH]),
+    "budget": ("prompt's keys kept", [(b, m, dict(budget=b, method=m)) for b in SHARES for m in BOTH]),
     "eviction": ("eviction policy", [(p, m, dict(eviction=p, method=m)) for p in smd.EVICTIONS for m in BOTH]),
-    "lam": ("λ", [(f"{v:g}", f"smd, {b:.0%}", dict(lam=v, budget=b)) for b in (0.5, 0.35) for v in (0.0, 0.1, 1.0)]),
+    "lam": ("λ", [(f"{v:g}", f"smd, {b}", dict(lam=v, budget=b)) for b in ("50%", "35%") for v in (0.0, 0.1, 1.0)]),
     "length": (
         "letters in the answer",
         [(f"{k}", m, dict(hops=k, method=m)) for k in (3, 6, 9, 12) for m in (*BOTH, "seq_is")],
     ),
 }
-DEFAULTS = dict(budget=0.5, lam=smd.Settings.lam, hops=6, method="smd")
+DEFAULTS = dict(budget="50%", lam=smd.Settings.lam, hops=6, method="smd")
 # what the search of `experiments.compare` chose; below, with --model
 RATES = dict(smd=2e-4, naive=2e-4, seq_is=2e-4)
 
 # the same of a real model
-BY_SNAPKV = {f"{b:.0%} by snapkv": dict(budget=b, eviction="snapkv") for b in (0.25, 0.12)}
-AT_RANDOM = {f"{b:.0%} at random": dict(budget=b, eviction="random") for b in (0.25, 0.12)}
+BY_SNAPKV = {f"{b} by snapkv": dict(budget=b, eviction="snapkv") for b in ("25%", "12%")}
+AT_RANDOM = {f"{b} at random": dict(budget=b, eviction="random") for b in ("25%", "12%")}
 # of three codes, which are 14 tokens: beside the whole prompt, 4 keys of the response
 BESIDE = {"4 keys beside the prompt": dict(budget=4, window=2, eviction="random", protect="prompt")}
 ANSWERS = [(f"1, {kept}", dict(asked=1) | given) for kept, given in (BY_SNAPKV | AT_RANDOM).items()]
@@ -55,7 +55,7 @@ SWEEPS_OF_MODEL = {
         [(kept, m, given | dict(method=m)) for kept, given in ANSWERS for m in ("smd", "tis", "naive")],
     ),
 }
-DEFAULTS_OF_MODEL = dict(budget=0.25, lam=smd.Settings.lam, asked=1, method="smd")
+DEFAULTS_OF_MODEL = dict(budget="25%", lam=smd.Settings.lam, asked=1, method="smd")
 RATES_OF_MODEL = dict(smd=4e-5, tis=4e-5, naive=4e-5)
 
 

@@ -18,7 +18,7 @@ from experiments.compare import SEARCH_SEED
 from harness import runs
 from harness.cli import require
 
-BUDGETS = 1.0, 0.5, 0.25, 0.12
+BUDGETS = "100%", "50%", "25%", "12%"
 
 
 def tolerated(run: Path, config: dict) -> dict[str, float]:
@@ -26,7 +26,7 @@ def tolerated(run: Path, config: dict) -> dict[str, float]:
     found = {}
     for budget in BUDGETS:
         s = smd.Settings(**config | dict(model=str(run / "model"), budget=budget))
-        found[f"{budget:.0%} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate(("sparse",))["sparse"]
+        found[f"{budget} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate(("sparse",))["sparse"]
     return found
 
 

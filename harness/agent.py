@@ -1,5 +1,6 @@
 """A model that is asked in text and answers in text: the task and the encoding around a sampler, and the evaluation."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -124,13 +125,22 @@ class Agent:
             pretrained.write_folder(self.model, self.source, out / runs.MODEL)
 
     def answer(self, prompt: str) -> str:
-        """One sample with either cache, a line each; UsageError for a prompt that is empty or too long."""
+        """One sample with either cache, a line each; UsageError for a prompt that is empty or too long.
+
+        Of a prompt so short that the policy is forced to keep more than the budget, as much is kept as it is forced to.
+        """
         # in a chat the answer is not begun for the model, as a task may do, and it is longer
         max_new = self.s.max_new if self.source is None else max(ANSWER, self.s.max_new)
         example = Example(prompt, "")
-        check_prompt(self.form, example, max_new, self.context, "--prompt: ")
-        key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
+        length = check_prompt(self.form, example, max_new, self.context, "--prompt: ")
         lines = []
+        wanted = self.eviction.wanted(torch.tensor([length])).item()
+        forced = sum(self.eviction.forced.values())
+        if wanted < forced:
+            asked = f"--budget {self.eviction.budget} of {length} tokens is {wanted}"
+            lines.append(f"{asked}, but {self.eviction.policy} keeps at least {forced}: {forced} are kept")
+            self.eviction = dataclasses.replace(self.eviction, budget=forced)
+        key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         for cache in CACHES:
             _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new=max_new)
             lines.append(f"{cache + ' cache:':14}{response}")

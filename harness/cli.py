@@ -80,9 +80,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
-def number(text: str) -> int | float:
-    """A count ("18") or a share ("0.5"): how it is written says which."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+def count_or_share(text: str) -> int | str:
+    """A count ("18") as an int, a share ("50%") as it is written."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def parse(settings: type, choices: dict[str, Collection[str]], about: str, argv: list[str] | None) -> dict:
@@ -106,7 +106,7 @@ def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
         help += f" (default: {f.default})"
     if f.type is bool:
         return dict(action="store_true", help=help)
-    kind = number if f.type == int | float | None else kinds(f)[0]
+    kind = count_or_share if f.type == int | str | None else kinds(f)[0]
     return dict(type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))
 
 

@@ -18,8 +18,8 @@ class Settings:
     method: str = everyday("smd", "smd replays, naive ignores eviction, dense never evicts, the others reweight")
     model: str | None = everyday(None, "begin with a pretrained model: smollm2, a GGUF file, or a Hugging Face folder")
     eviction: str = everyday("snapkv", "eviction policy: which keys the sampler keeps")
-    budget: int | float | None = everyday(
-        None, "keys kept: a count, or a share of the prompt (default: 22; text 0.5; with --model 0.25)"
+    budget: int | str | None = everyday(
+        None, "keys kept: a count, or a share of the prompt (default: 22; text 50%; with --model 25%)"
     )
     steps: int | None = everyday(
         None, "steps of sampling and learning, in all (default: 100; with --model 25)", 0, free=True
@@ -87,7 +87,7 @@ VALUES = dict(objective=("grpo", "dr_grpo", "ppo", "dpo"), task=tasks.TASKS, rew
 VALUES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS, dtype=("float32", "bfloat16"))
 # defaults of all tasks, without --model and with it
 OF_TOY = dict(steps=100, lr=4e-4, window=4, sinks=1, eval_prompts=1024, encoding="bytes", width=128)
-OF_MODEL = dict(steps=25, lr=1e-5, window=8, sinks=4, eval_prompts=96, budget=0.25, pool=5, prompts=8)
+OF_MODEL = dict(steps=25, lr=1e-5, window=8, sinks=4, eval_prompts=96, budget="25%", pool=5, prompts=8)
 # settings that only one task reads
 OF_TASK = dict(hops="chain", facts="facts", asked="facts", reward="text")
 

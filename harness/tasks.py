@@ -244,7 +244,7 @@ class TextFile:
     @staticmethod
     def defaults(settings) -> dict:
         warmup_steps = 100 if settings.model is None else 0
-        return dict(max_new=128, warmup_steps=warmup_steps, reward="exact", budget=0.5, pool=5, prompts=8)
+        return dict(max_new=128, warmup_steps=warmup_steps, reward="exact", budget="50%", pool=5, prompts=8)
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.train[i] for i in rng.choice(len(self.train), count, replace=count > len(self.train))]
