@@ -1,0 +1,363 @@
+"""The command line: every bad input gets one line, every flag changes the result; what is printed."""
+
+import dataclasses
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import smd
+from harness import cli, device, report, runs, tasks, text
+from harness.memory import PeakBytes
+from smd import Eviction, Settings
+from tests.common import GOOD, argv, outcome, tiny, write
+
+DRAW_CURVES = report.draw_curves
+
+
+def test_8_a_run_says_what_it_does(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    for changes in (dict(steps=4), dict(steps=6, resume=True)):
+        smd.train(tiny(tmp_path, **changes))
+    said = capsys.readouterr().out
+    for part in (
+        f"run {out} | device cpu | attention backend torch",
+        "base policy: supervised steps first",
+        "base policy: 12 steps in",
+        "base policy: 0.0% right with the sparse cache, 0.0% right with the dense cache",
+        "step 4: 0.0% right with the sparse cache",
+        "resumed at step 4 of 6",
+        "held-out accuracy     before    after",
+        f"the run is in {out}, its picture is {out}/curves.png",
+        f"try: python smd.py --resume --out {out} --prompt '",
+    ):
+        assert part in said, part
+    smd.train(tiny(tmp_path, "other", steps=0))
+    assert "base policy: read from out/cache/base-" in capsys.readouterr().out
+
+
+def bad_inputs(tmp: Path) -> list:
+    data = [
+        ("", "is empty"),
+        ('{"prompt": "a"', "line 2: not JSON"),
+        ('["prompt"]', "line 2: want an object"),
+        ('{"prompt": "what is it?"}', "line 2: want an object"),
+        ('{"prompt": 3, "answer": "x"}', "line 2: want an object with strings"),
+        ('{"prompt": "  ", "answer": "x"}', "line 2: the prompt and the answer must not be empty"),
+        ('{"question": "how many of them?", "answer": "seven"}', "line 2: no ####"),
+        (
+            json.dumps({"prompt": "long " * 500, "answer": "x"}),
+            "2500 tokens with --max-new 128 exceeds the context of 2048",
+        ),
+        (
+            json.dumps({"prompt": "how long is it?", "answer": "x" * 200}),
+            "201 tokens with its end exceeds --max-new 128",
+        ),
+        (json.dumps({"prompt": "hi", "answer": "x"}), "budget must be at least sinks + window = 5, got 1"),
+    ]
+    files = [(write(tmp / f"{n}.jsonl", *([GOOD, line] if line else [])), part) for n, (line, part) in enumerate(data)]
+    (tmp / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "caf\xe9", "answer": "x"}\n')
+    (tmp / "broken").mkdir()
+    (tmp / "broken" / "config.json").write_text("{")
+    damaged = tiny(tmp, "damaged", steps=1)
+    smd.train(damaged)
+    (tmp / "damaged" / "checkpoint.pt").write_bytes((tmp / "damaged" / "checkpoint.pt").read_bytes()[:1000])
+    done = tiny(tmp, "done", steps=2)
+    smd.train(done)
+    lacking = tiny(tmp, "lacking", steps=1)
+    smd.train(lacking)
+    state = torch.load(tmp / "lacking" / "checkpoint.pt", weights_only=True)
+    del state["seconds"]
+    runs.save(tmp / "lacking" / "checkpoint.pt", state)
+    torn = tiny(tmp, "torn", steps=2)
+    smd.train(torn)
+    log = tmp / "torn" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'{"step": 2', b'{"st\xffp": 2'))
+    resume = ["--resume", "--out", done.out]
+    return [
+        *[(["--data", file], part) for file, part in files],
+        (["--data", str(tmp / "latin.jsonl")], "line 2: not JSON in UTF-8"),
+        (["--data", str(tmp / "none.jsonl")], "cannot be read: No such file"),
+        (["--data", str(tmp)], "cannot be read: Is a directory"),
+        (["--data", write(tmp / "one.jsonl", GOOD)], "want at least 2 examples"),
+        (["--budget", "4"], "budget must be at least sinks + window = 5, got 4"),
+        (["--budget", "2", "--eviction", "streaming", "--sinks", "2"], "at least sinks + 1 = 3, got 2"),
+        (["--budget", "4", "--eviction", "random"], "at least sinks + window = 5, got 4"),
+        (["--budget", "3", "--eviction", "rkv"], "at least window = 4, got 3"),
+        *[(["--budget", "0", "--eviction", policy], "at least 1, got 0") for policy in ("tova", "knorm", "h2o")],
+        (["--budget", "3", "--protect", "prompt"], "budget must be at least window = 4, got 3"),
+        (["--protect", "response"], "--protect must be one of prompt, got 'response'"),
+        (["--budget", "5%"], "at least sinks + window = 5, got 2 (5% of a prompt of 34 tokens)"),
+        (["--interval", "0"], "--interval must be at least 1, got 0"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--steps", "-1"], "--steps must be at least 0, got -1"),
+        (["--steps", "2.5"], "invalid int value: '2.5'"),
+        (["--lr", "nan"], "--lr must be a finite number, got nan"),
+        (["--lr", "-0.001"], "--lr must be at least 0, got -0.001"),
+        (["--lam", "inf"], "--lam must be a finite number, got inf"),
+        *[([flag, "-1"], f"{flag} must be at least 0, got -1") for flag in ("--kl-ref", "--lam", "--sinks")],
+        (["--eviction", "lru"], "--eviction must be one of streaming, snapkv"),
+        (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
+        (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
+        (["--objective", "reinforce"], "--objective must be one of grpo, dr_grpo, ppo, dpo"),
+        (["--samples", "1"], "--objective grpo compares a prompt's samples; give --samples 2 or more, got 1"),
+        (["--minibatches", "33"], "--minibatches must divide --prompts = 32"),
+        (["--minibatches", "5"], "--minibatches must divide --prompts = 32"),
+        (["--encoding", "klingon"], "--encoding must be bytes or one of"),
+        (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
+        (["--backend", "magic"], "--backend must be one of torch"),
+        (["--backend", "triton", "--width", "1024"], "takes head dims up to 128, got 256"),
+        (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
+        (["--width", "100"], "--width must be a multiple of 8, got 100"),
+        (["--out", "/dev/null/run"], "/dev/null/run cannot be written: Not a directory"),
+        (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue it or --overwrite"),
+        ([*resume, "--method", "naive"], "holds a run with --method smd, not naive"),
+        ([*resume, "--steps", "1"], "is at step 2 already"),
+        ([*resume, "--overwrite"], "--resume and --overwrite exclude each other"),
+        ([*resume, "--prompt", ""], "the prompt must not be empty"),
+        ([*resume, "--prompt", "x" * 2048], "a prompt of 2048 tokens with --max-new 3 exceeds the context of 2048"),
+        (["--prompt", "abba?a"], "--prompt needs --resume"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", str(tmp / "nowhere")], "holds no run to resume"),
+        (["--resume", "--out", str(tmp / "broken")], "config.json is damaged"),
+        (["--resume", "--out", damaged.out], "is missing or damaged"),
+        (["--resume", "--out", torn.out], "metrics.jsonl, line 2 is damaged; use --overwrite"),
+        (["--resume", "--out", lacking.out], "is missing or damaged (KeyError: 'seconds')"),
+        (["--pool", "4"], "--pool must be odd, a key and as many neighbours on either side, got 4"),
+        (["--task", "riddle"], "--task must be one of chain, facts, text, got 'riddle'"),
+        (["--task", "text"], "--task text needs --data FILE.jsonl"),
+        (["--task", "facts"], "--task facts is asked in words; it needs a --model"),
+        (["--facts", "3"], "--facts is read by --task facts only, got --task chain"),
+        (["--data", files[0][0], "--hops", "3"], "--hops is read by --task chain only, got --task text"),
+        (["--template", "plain"], "--template needs --model"),
+        (["--accumulate", "33"], "--accumulate takes at most the 32 prompts that a process has of an update, got 33"),
+        (["--model", "nowhere"], "--model nowhere: there is no such file or folder"),
+        (["--model", "nowhere", "--width", "64"], "--model brings its own width; leave --width out"),
+        (["--model", "nowhere", "--encoding", "bytes"], "--model brings its own encoding; leave --encoding out"),
+        (["--task", "chain", "--data", files[0][0]], "--task chain reads no file, got --data"),
+    ]  # fmt: skip
+
+
+def test_8_bad_input_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    cases = bad_inputs(tmp_path)
+    workplace = tmp_path / "workplace"
+    workplace.mkdir()
+    monkeypatch.chdir(workplace)
+    for arguments, message in cases:
+        capsys.readouterr()
+        before = sorted((p, p.stat().st_size) for p in tmp_path.rglob("*"))
+        code, error = smd.main(arguments), capsys.readouterr().err
+        assert code == 2 and message in error and error.count("\n") == 1, f"{arguments}: {code}, {error}"
+        assert sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == before, f"{arguments} wrote something"
+
+
+def test_8_an_encoding_that_cannot_be_fetched_is_one_line(monkeypatch, capsys, tmp_path):
+    def no_network(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(text.tiktoken, "get_encoding", no_network)
+    assert smd.main(["--encoding", "gpt2", "--out", str(tmp_path / "run")]) == 2
+    assert "--encoding gpt2 could not be fetched (ConnectionError)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("reward", [lambda prompt: 1.0, lambda *_: None, lambda *_: "good", 1.0])
+def test_8_a_reward_that_cannot_be_called_is_refused_at_once(tmp_path, reward):
+    with pytest.raises(cli.UsageError, match=r"a function reward\(prompt, response, answer\) -> float"):
+        smd.train(tiny(tmp_path), reward=reward)
+    assert not list(tmp_path.iterdir()), "something was computed or written"
+
+
+# every setting that a run may not change on resumption, with a value that must show in what a tiny run computes
+CHANGES = dict(
+    hops=3, max_new=6, width=32, warmup_steps=1, method="naive", lam=0.0, objective="ppo", kl_ref=1.0, eviction="knorm",
+    budget=14, interval=1, window=2, sinks=3, pool=1, lr=1e-3, epochs=1, minibatches=2, prompts=3, samples=3, seed=1,
+    eval_prompts=5, eval_every=2, protect="prompt", dtype="bfloat16",
+)  # fmt: skip
+
+
+def test_8_every_flag_changes_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "accuracy", lambda task, texts, examples: len(texts))  # of this tiny model it is 0
+    # they decide what is accepted at all, belong to a model or a file, or are to change nothing, and are tested as such
+    untested = {"data", "encoding", "task", "model", "template", "facts", "asked", "reward", "accumulate"}
+    assert set(CHANGES) == set(cli.fixed_names(Settings)) - untested
+    # two epochs, or nothing could be clipped; sinks that matter need keys that the window would not keep anyway
+    base = dict(epochs=2, steps=3, hops=4, budget=20, lr=1e-2)
+    smd.train(tiny(tmp_path, "as it is", **base))
+    for name, value in CHANGES.items():
+        smd.train(tiny(tmp_path, name, **base | {name: value}))
+        assert outcome(tmp_path / name) != outcome(tmp_path / "as it is"), f"{cli.flag(name)} {value} changes nothing"
+
+
+def test_9_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
+    s = smd.checked(Settings(device="cpu"))
+    filled = dict(task="chain", budget=22, pool=1, prompts=32, max_new=7, warmup_steps=400, backend=None)
+    assert {name: getattr(s, name) for name in filled} == filled
+    assert Eviction("snapkv", 22) == Eviction("snapkv", 22, interval=4, window=4, sinks=1, pool=5)
+    s = smd.checked(Settings(data="file", pool=3))
+    filled = dict(task="text", budget="50%", pool=3, prompts=8, max_new=128, warmup_steps=100)
+    assert {name: getattr(s, name) for name in filled} == filled
+    for asked, warmup_steps in ((None, 0), (3, 26)):
+        s = smd.checked(Settings(model="smollm2", asked=asked))
+        filled = dict(task="facts", facts=12, budget="25%", max_new=5 * (asked or 1) - 1, warmup_steps=warmup_steps)
+        assert {name: getattr(s, name) for name in filled} == filled
+
+
+def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
+    summary = dict(before=dict(sparse=0.125, dense=0.5), after=dict(sparse=0.25, dense=0.75), steps=4)
+    nothing = dict(replay_error=None, dense_error=None, visible_share=None)
+    table = report.table(summary | nothing).splitlines()
+    assert [line.split() for line in table[1:]] == [
+        ["sparse", "cache", "12.5%", "25.0%"],
+        ["dense", "cache", "50.0%", "75.0%"],
+    ]
+    table = report.table(summary | dict(replay_error=2e-7, dense_error=1.5, visible_share=0.64)).splitlines()
+    assert table[3].endswith(": 2.0e-07") and table[4].endswith("log π_sparse|: 1.5e+00")
+    assert "saw 64% of the tokens before it" in table[5]
+    said = report.accuracies(dict(sparse=0.25, dense=0.5))
+    assert said == "25.0% right with the sparse cache, 50.0% right with the dense cache"
+    # so many lines at equal distances, and one whenever it was long silent
+    clock = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    with report.Progress("x", 10, done=2, lines=2) as progress:
+        for n in range(8):
+            clock[0] += 11 if n == 5 else 0
+            progress.step(reward=n / 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 5 of 10 reward 0.25",
+        "x: 8 of 10 reward 0.62",
+        "x: 10 of 10 reward 0.88",
+    ]
+    calls = []
+
+    class Bar:
+        def __init__(self, **options):
+            calls.append(options)
+
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, *args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "tqdm", Bar)
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        with report.Progress("x", 10, done=2) as progress:
+            progress.step(reward=0.251)
+    assert calls == [
+        dict(desc="x", total=10, initial=2, leave=False),
+        ("set_postfix", dict(reward="0.25")),
+        ("update",),
+        ("close",),
+    ]
+    with report.Progress("quiet", 3, lines=0) as progress:
+        for _ in range(3):
+            progress.step()
+    assert capsys.readouterr().err == ""
+
+
+def test_9_no_curve_leaves_the_picture(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure))
+    for rewards in ([0.1, 0.4, 0.3], [-3.0, 0.5, 7.0], [40.0, 50.0, 60.0]):
+        figures = []
+        rows = [dict(step=n + 1, reward=r, kl_sparse_dense=0.1 * n, replay_error=1e-7) for n, r in enumerate(rewards)]
+        rows[1] |= dict(held_out_sparse=0.3, held_out_dense=0.4)
+        summary = dict(before=dict(sparse=0.1, dense=0.2), after=dict(sparse=0.5, dense=0.6), steps=3)
+        DRAW_CURVES(rows, summary, "smd", tmp_path / "curves.png")
+        (left, right), lines = figures[0].axes, {line.get_label(): line for line in figures[0].axes[0].lines}
+        for axis in (left, right):
+            low, high = axis.get_ylim()
+            assert low <= 0 and all(low <= y <= high for line in axis.lines for y in line.get_ydata())
+        for cache, ends in (("sparse", [0.1, 0.3, 0.5]), ("dense", [0.2, 0.4, 0.6])):
+            line = lines[f"held-out accuracy, {cache} cache"]
+            assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2, 3], ends)
+        assert list(lines["reward of the rollouts"].get_ydata()) == rewards
+        assert list(right.lines[0].get_ydata()) == [0.1 * n for n in range(3)]
+
+
+def test_9_times_and_bytes_by_hand(monkeypatch):
+    seconds = iter([1.0, 3.0, 3.5])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(seconds))
+    watch = device.Stopwatch("cpu")
+    watch.lap("sample")
+    watch.lap("learn")
+    assert watch.seconds == dict(seconds_sample=2.0, seconds_learn=0.5)
+
+    held = torch.zeros(100, dtype=torch.float64)
+    memory = PeakBytes()
+    memory.hold(held, held[:50], None)
+    assert memory.peak == 800, "two views of one storage count once"
+    with memory:
+        part = held[10:20]
+        twice = part + part  # 80 bytes
+        more = twice.repeat(10)  # 800 bytes
+        del twice
+        less = torch.ones(4, dtype=torch.float64)
+    assert memory.peak == 800 + 80 + 800
+    del more, less
+    with memory:
+        torch.ones(150, dtype=torch.float64)
+    assert memory.peak == 800 + 1200, "what was freed counts no longer"
+
+
+def test_9_a_command_line_by_hand():
+    @dataclasses.dataclass(frozen=True)
+    class Two:
+        size: int | str | None = cli.opt("first", None, "how much")
+        name: str = cli.opt("second", "a", "which", free=True)
+        rate: float = cli.opt("second", 0.5, "how fast", 0)
+        deep: bool = cli.opt("second", False, "how deep")
+
+    parse = partial(cli.parse, Two, dict(name=("a", "b")), "about")
+    assert parse([]) == {}
+    assert parse(["--size", "3", "--name", "b"]) == dict(size=3, name="b")
+    found = parse(["--size", "25%", "--rate", "2", "--deep"])
+    assert found == dict(size="25%", rate=2.0, deep=True) and isinstance(found["rate"], float)
+    with pytest.raises(cli.UsageError, match="unrecognized arguments: --na"):
+        parse(["--na", "b"])
+    assert cli.fixed_names(Two()) == ["size", "rate", "deep"] and cli.flag("max_new") == "--max-new"
+    assert cli.fill_in(Two(name="b"), size=7, name="a") == Two(size=7, name="b")
+    check = partial(cli.check_values, choices=dict(name=("a", "b")))
+    check(Two(size=0, rate=1))
+    for wrong, message in (
+        (dict(rate=-1), "--rate must be at least 0, got -1"),
+        (dict(rate=math.inf), "--rate must be a finite number, got inf"),
+        (dict(name="c"), "--name must be one of a, b, got 'c'"),
+        (dict(size=0.5), "--size must be int or str, got 0.5"),
+        (dict(rate="fast"), "--rate must be float, got 'fast'"),
+        (dict(deep=1), "--deep must be bool, got 1"),
+        (dict(rate=True), "--rate must be float, got True"),
+        (dict(name=None), "--name must be str, got None"),
+    ):
+        with pytest.raises(cli.UsageError, match=message):
+            check(Two(**wrong))
+
+
+def test_9_the_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        smd.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(Settings):
+        assert cli.flag(f.name) in said and f.metadata["group"] in said
+        if f.default is not None and f.default is not False:
+            assert f"(default: {f.default})" in said
+    assert "{streaming, snapkv, h2o, tova, knorm, rkv, random}" in said and smd.__doc__.splitlines()[0] in said
+
+
+def test_9_a_command_ends_as_its_error_says(capsys):
+    def ends(error):
+        def main():
+            if error is not None:
+                raise error
+
+        return cli.run_command(main, "it", "go on"), capsys.readouterr().err
+
+    assert ends(None) == (0, "")
+    assert ends(cli.UsageError("no")) == (2, "it: no\n") and ends(FloatingPointError("nan")) == (2, "it: nan\n")
+    assert ends(KeyboardInterrupt()) == (130, "it: interrupted; go on\n")
+    with pytest.raises(ZeroDivisionError):
+        ends(ZeroDivisionError())

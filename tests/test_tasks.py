@@ -1,0 +1,502 @@
+"""Tasks, rewards, text, the evaluation and the warm-up of the base policy."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import statistics
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import smd
+from harness import base, cli, device, report, streams, tasks, text
+from harness.agent import Agent
+from harness.streams import numpy_stream, torch_stream
+from kernel import NEVER
+from smd import Eviction, Settings
+from test_smd import ROOT, Oracle, chi_square_p, compare, small_model
+from tests.common import GOOD, tiny, write
+from tiny_model import ModelConfig, TinyModel
+
+
+def split_mix(*key: int) -> int:
+    """SplitMix64 as it is defined, in Python's integers: each part of a key moves the state on."""
+    state = 0
+    for part in key:
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state
+
+
+def test_1_a_hash_is_split_mix_and_its_numbers_are_uniform():
+    parts = [5, -3, 2**62, -(2**63)]
+    got = streams.hashed(7, torch.tensor(parts)[:, None], torch.tensor(parts))
+    assert got.tolist() == [[split_mix(7, a, b) for b in parts] for a in parts]
+    number = streams.uniform(1, torch.arange(300)[:, None], torch.arange(300))
+    assert number.min() >= 0 and number.max() < 1 and number.dtype == torch.float64
+    counts = torch.histc(number.flatten(), 100, 0, 1)
+    assert chi_square_p(counts.double(), torch.full((100,), 0.01, dtype=torch.float64)) > 1e-3
+    # neighbours in either direction know nothing of each other
+    for pairs in ((number[1:], number[:-1]), (number[:, 1:], number[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([x.flatten() for x in pairs]))[0, 1]) < 5 / 300
+
+
+def test_8_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
+    found = [smd.agent_for(smd.checked(tiny(tmp_path, prompts=n, samples=n, eval_prompts=70))) for n in (2, 5)]
+    texts = []
+    for agent in found:
+        respond, said = agent.respond, []
+        agent.respond = lambda *args, respond=respond, said=said: said.append(respond(*args)) or said[-1]
+        agent.evaluate()
+        texts.append([text for _, some in said for text in some])
+    assert len(texts[0]) == 140 and texts[0] == texts[1]
+
+
+def test_8_the_model_grows_with_its_width(tmp_path):
+    for width, ffn in ((16, 64), (32, 96), (128, 352)):
+        config = smd.agent_for(smd.checked(tiny(tmp_path, width=width))).config
+        assert (config.width, config.ffn) == (width, ffn)
+
+
+def test_8_a_file_of_text_trains_end_to_end(tmp_path):
+    """Both formats, through --data; the second with the reward of a judge instead of the match."""
+    ours = [json.dumps({"prompt": f"what comes after {n} is ", "answer": str(n + 1)}) for n in range(20)]
+    gsm8k = [
+        json.dumps({"question": f"{n} and one?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1:,}"})
+        for n in range(995, 1015)
+    ]
+    judged = []
+    for name, lines, judge in (("ours", ours, None), ("gsm8k", gsm8k, lambda *texts: judged.append(texts) or 0.5)):
+        file = write(tmp_path / f"{name}.jsonl", *lines)
+        changes = dict(data=file, hops=None, budget="80%", max_new=8, steps=2, eviction="h2o")
+        summary = smd.train(tiny(tmp_path, name, **changes), reward=judge)
+        assert summary["replay_error"] < 1e-5 and 0 <= summary["after"]["sparse"] <= 1
+    prompt, _, answer = judged[0]
+    assert prompt.endswith(" and one?\n") and answer.isdigit(), (
+        "a GSM8K answer is the number after ####, without commas"
+    )
+
+
+GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the real file is not here")
+def test_8_real_text_is_read(tmp_path):
+    examples = tasks.read_jsonl(str(GSM8K), "")
+    assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
+
+
+def follow(prompt: str, hops: int) -> str:
+    """The letters that come after the one behind the question mark, read off the edges."""
+    edges, start = prompt.split("?")
+    after = {edges[i]: edges[i + 1] for i in range(0, len(edges), 2)}
+    path = [start]
+    for _ in range(hops):
+        path.append(after[path[-1]])
+    return "".join(path[1:])
+
+
+def chain(**changes) -> tasks.Chain:
+    return tasks.Chain(Settings(**dict(hops=6) | changes))
+
+
+def test_9_the_chain_is_followed_along_its_edges():
+    task = chain(hops=5)
+    examples = task.draw(200, numpy_stream(1, 2))
+    for prompt, answer, _ in examples:
+        edges = prompt.split("?")[0]
+        sources, targets = edges[::2], edges[1::2]
+        assert sorted(sources) == sorted(targets) == sorted("abcdefghijklmnop"), "not a cycle over all letters"
+        assert answer == follow(prompt, 5) and len(prompt) == 34
+        assert len(follow(prompt, 16)) == len(set(follow(prompt, 16))) == 16, "more than one cycle"
+    assert len(set(examples)) == 200 and len({answer for _, answer, _ in examples}) > 190
+    # the edges come in any order: how often an edge stands right behind the one that leads to it
+    behind = [prompt[i + 1] == prompt[i + 2] for prompt, _, _ in examples for i in range(0, 30, 2)]
+    assert abs(statistics.mean(behind) - 1 / 15) < 0.02
+    assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
+
+
+def test_9_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
+    task = chain(hops=5)
+    for lesson in task.lessons:
+        for prompt, answer, _ in task.demonstrate(20, numpy_stream(0, lesson), lesson):
+            assert len(prompt) == 2 * lesson + 2 and answer == follow(prompt, lesson - 1)
+    assert task.lessons == (4, 6, 8) and task.batch == 64  # the base policy of the README is made of these
+    shown = task.demonstrate(2000, numpy_stream(0), None)
+    assert {len(prompt) for prompt, _, _ in shown} == {34}
+    # a hop that slips lands anywhere, one time in 16 on the right letter
+    hops = [follow(p.split("?")[0] + "?" + a, 1) == b for p, answer, _ in shown for a, b in itertools.pairwise(answer)]
+    right = 1 - 0.13 * 15 / 16
+    assert abs(statistics.mean(hops) - right) < 5 * math.sqrt(right * (1 - right) / len(hops))
+
+
+def test_9_the_rewards_of_the_tasks_by_hand(tmp_path):
+    reward = partial(chain(hops=4).reward, "abbccdda?a")
+    for response, want in (("bcda", 1.0), ("bcdd", 0.375), ("bc", 0.25), ("", 0.0), ("xcxa", 0.25), ("bcdab", 0.5)):
+        assert reward(response, "bcda") == want, response
+    # the reward and the accuracy agree about blanks
+    assert reward(" bcda ", "bcda") == 1.0
+    assert (
+        tasks.accuracy(
+            chain(hops=4), [" bcda ", "b cda", "bcda", "x"], [tasks.Example("", "bcda"), tasks.Example("", "bcda ")]
+        )
+        == 0.5
+    )
+    text = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", GOOD, GOOD), reward="exact"))
+    assert [text.reward("?", said, " two ") for said in ("two", " two\n", "Two", "two two", "")] == [1, 1, 0, 0, 0]
+    examples = [tasks.Example("p", "a"), tasks.Example("q", "b")]
+    seen = []
+    scores = tasks.score(lambda *texts: seen.append(texts) or len(seen), examples, ["w", "x", "y", "z"])
+    assert scores == [1.0, 2.0, 3.0, 4.0]
+    assert seen == [("p", "w", "a"), ("p", "x", "a"), ("q", "y", "b"), ("q", "z", "b")]
+    assert tasks.accuracy(text, ["a", "b", "b", "a"], examples) == 0.5
+    with pytest.raises(FloatingPointError, match="a reward is inf"):
+        tasks.score(lambda prompt, *_: math.inf if prompt == "q" else 0.0, examples, ["w"] * 2)
+
+
+def facts(**changes) -> tasks.Facts:
+    return tasks.Facts(Settings(**dict(model="smollm2", facts=12, asked=1) | changes))
+
+
+def test_9_the_facts_are_looked_up():
+    """The answer is what the list says of what is asked, however many are asked for."""
+    for asked, count in ((1, 12), (2, 5), (3, 16)):
+        task = facts(asked=asked, facts=count)
+        examples = task.draw(50, numpy_stream(1, 2))
+        for prompt, answer, begun in examples:
+            codes = dict(re.findall(r"The code of (\w+) is ([1-9][0-9])\.", prompt))
+            assert len(codes) == count and set(codes) <= set(task.NOUNS)
+            question = prompt.rpartition(" What ")[2]
+            nouns = re.findall("|".join(task.NOUNS), question)
+            assert len(set(nouns)) == asked and [codes[noun] for noun in nouns] == re.findall("[0-9]+", answer)
+            assert task.right(answer, answer) and task.reward(prompt, answer, answer) == 1.0
+            assert re.findall("|".join(task.NOUNS), begun) == nouns
+        assert len({e.prompt for e in examples}) == 50
+        assert not {e.prompt for e in examples} & {e.prompt for e in task.held_out(500)}
+    one, three = facts().example(numpy_stream(0, 0)), facts(asked=3).example(numpy_stream(0, 0))
+    assert re.search(r"\. What is the code of (\w+)\?$", one.prompt) and one.begun.endswith(" is")
+    assert re.search(r"\. What are the codes of \w+, \w+ and \w+\?$", three.prompt) and three.begun.endswith(" are")
+    assert re.fullmatch(r" [0-9]+, [0-9]+ and [0-9]+", three.answer)
+
+
+def test_9_the_rewards_of_facts_by_hand():
+    task = facts()
+    for said, want in (
+        (" 22", 1.0),
+        (" 22.", 1.0),
+        ("22, or 35", 1.0),
+        (" 25", 0.5),
+        (" 221", 0.5),
+        (" 32", 0.0),
+        ("", 0.0),
+    ):
+        assert task.reward("?", said, " 22") == want and task.right(said, " 22") == (want == 1.0), said
+    task = facts(asked=3)
+    for said, want in (
+        (" 22, 45 and 67.", 1.0),
+        (" 22 45 67 12", 1.0),
+        (" 22, 45 and 66", 1 / 3),
+        (" 45, 22, 67", 1 / 6),
+        (" 22", 1 / 6),
+        ("none", 0.0),
+    ):
+        assert task.reward("?", said, " 22, 45 and 67") == pytest.approx(want), said
+        assert task.right(said, " 22, 45 and 67") == (want == 1.0), said
+
+
+def test_9_the_last_number_decides(tmp_path):
+    for said, want in (
+        ("3 + 4 = 7", "7"),
+        ("$1,234.50.", "1234.5"),
+        ("-3", "-3"),
+        ("none", None),
+        ("7.", "7"),
+        ("10 or 1,000,000", "1000000"),
+    ):
+        assert tasks.last_number(said) == (None if want is None else tasks.Decimal(want)), said
+    task = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", NUMBERED, NUMBERED), reward="number"))
+    found = [task.reward("?", said, "1234") for said in ("so 1,234", "1234.0 in all", "1234 of 5", "no")]
+    assert found == [1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(cli.UsageError, match="answers without a number"):
+        tasks.TextFile(Settings(data=write(tmp_path / "words.jsonl", GOOD, GOOD), reward="number"))
+
+
+NUMBERED = json.dumps({"prompt": "how many", "answer": "1234"})
+
+
+def test_9_what_is_held_out_is_never_trained_on(tmp_path):
+    for count, held in ((40, 4), (9, 1), (2, 1)):
+        lines = [json.dumps(dict(prompt=f"question {n}", answer=str(n))) for n in range(count)]
+        task = tasks.TextFile(Settings(data=write(tmp_path / f"{count}.jsonl", *lines), reward="exact"))
+        test = task.held_out(1000)
+        assert test == [tasks.Example(f"question {n}", str(n)) for n in range(count - held, count)]
+        assert task.held_out(1) == test[:1]
+        for drawn in (task.draw(500, numpy_stream(0)), task.demonstrate(500, numpy_stream(1), None)):
+            assert {int(e.answer) for e in drawn} == set(range(count - held)), "too few are trained on, or too many"
+        # no example twice in a step, as long as there are enough
+        assert len(set(task.draw(count - held, numpy_stream(2)))) == count - held
+    held_out = chain(hops=5).held_out(500)
+    assert held_out == chain(hops=5).held_out(500) and len({e.prompt for e in held_out}) == 500
+    agent = smd.agent_for(smd.checked(tiny(Path("."), hops=5, prompts=100)))
+    trained = {e.prompt for step in range(1, 6) for e in agent.draw(step)[0]}
+    assert len(trained) == 500 and not trained & {e.prompt for e in held_out}
+
+
+def test_9_prompts_depend_on_seed_and_step_alone():
+    def prompts(step, **changes):
+        examples, key_N = smd.agent_for(smd.checked(tiny(Path("."), **changes))).draw(step)
+        return examples, key_N.tolist()
+
+    assert prompts(1) == prompts(1, method="naive", eviction="random", lr=0.1, samples=2)
+    drawn = chain(hops=2).draw(4, numpy_stream(3, 1, 7))
+    assert prompts(7, seed=3) == (drawn, [split_mix(3, 2, 7, n) for n in range(4)])
+    for other in (prompts(2), prompts(1, seed=1)):
+        assert other[0] != prompts(1)[0] and not set(other[1]) & set(prompts(1)[1])
+
+
+class Solver:
+    """In place of the sampler: it answers right with a full cache, and with a compressed one only from an a on."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, prompt_NP, pad_N, samples, max_new, eos, eviction, key_N):
+        self.calls.append((len(prompt_NP), samples, eviction, key_N.tolist()))
+        rows = []
+        for prompt, pad in zip(prompt_NP.tolist(), pad_N.tolist(), strict=True):
+            question = bytes(prompt[pad:]).decode()
+            answer = follow(question, max_new - 1)
+            wrong = eviction is not None and question[-1] != "a"
+            rows += [[*(b"?" * len(answer) if wrong else answer.encode()), eos]] * samples
+        return SimpleNamespace(response_BR=torch.tensor(rows))
+
+
+def solved(**changes):
+    s = smd.checked(tiny(Path("."), **dict(hops=4, eval_prompts=150) | changes))
+    solver = Solver()
+    return Agent(s, solver, Eviction("knorm", 5)), solver
+
+
+def test_9_the_evaluation_knows_which_cache_was_right_about_which_question():
+    agent, solver = solved()
+    found = agent.evaluate()
+    of_a = statistics.mean(e.prompt[-1] == "a" for e in agent.task.held_out(150))
+    assert found == {"sparse": of_a, "dense": 1.0} and 0 < of_a < 0.2
+    assert [call[:3] for call in solver.calls] == [(n, 1, agent.eviction) for n in (64, 64, 22)] + [
+        (n, 1, None) for n in (64, 64, 22)
+    ]
+    keys = [key for *_, key_N in solver.calls for key in key_N]
+    assert keys[:150] == keys[150:] and len(set(keys)) == 150, "each prompt draws the same with both caches"
+    another, other_solver = solved(seed=5)
+    assert another.evaluate() == found and other_solver.calls[-1] == solver.calls[-1], "the seed of the run decides"
+    assert agent.evaluate(("sparse",)) == {"sparse": of_a}
+
+
+def test_9_an_answer_stands_beside_its_cache():
+    agent, solver = solved()
+    prompt = agent.task.draw(1, numpy_stream(5))[0].prompt[:-1] + "b"
+    assert agent.answer(prompt) == f"sparse cache: ????\ndense cache:  {follow(prompt, 4)}"
+    assert [call[2] for call in solver.calls] == [agent.eviction, None]
+    for wrong, message in (
+        ("", "--prompt: the prompt must not be empty"),
+        ("x" * 2044, "--prompt: a prompt of 2044 tok"),
+    ):
+        with pytest.raises(cli.UsageError, match=message):
+            agent.answer(wrong)
+
+
+def test_9_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
+    evicted, respond = [], Agent.respond
+    monkeypatch.setattr(Agent, "respond", lambda *args: evicted.append(args[2:4]) or respond(*args))
+    for method in ("dense", "naive", "smd"):
+        smd.train(tiny(tmp_path, method, method=method, steps=1, eval_every=0))
+    per_run = [[evict for samples, evict in evicted[n : n + 5]] for n in (0, 5, 10)]
+    # before: sparse, dense; the step; after: sparse, dense
+    assert per_run == [[True, False, evicts, True, False] for evicts in (False, True, True)]
+    assert [samples for samples, _ in evicted] == [1, 1, 4, 1, 1] * 3
+
+
+def test_9_the_same_seed_asks_the_same_on_any_machine():
+    """The prompt that the README shows; another stream would be another base policy, and other results."""
+    readme = (ROOT / "README.md").read_text()
+    assert chain().held_out(1)[0].prompt in readme
+    assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
+    assert streams.hashed(0, 1, torch.tensor(2)).item() == split_mix(0, 1, 2)
+
+
+def test_9_weights_begin_with_the_variance_that_is_said():
+    config = ModelConfig(vocab=500, width=128, layers=2, heads=4, kv_heads=2, ffn=200, qkv_bias=True, tied=False)
+    for name, p in TinyModel(config, seed=1).named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif p.ndim == 1:
+            assert (p == 1).all()
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5 / (2.0 if writes else 1.0)
+            assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5 * std / p.numel() ** 0.5
+    a, b, c = (TinyModel(config, seed=seed).layers[0].mlp.up_proj.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    for tied in (True, False):
+        model = TinyModel(ModelConfig(vocab=5, tied=tied))
+        assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+
+
+@torch.no_grad()
+def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkeypatch):
+    model, form, records = small_model(vocab=257), text.Form(text.load_encoding("bytes")), []
+    forward = TinyModel.forward
+    monkeypatch.setattr(TinyModel, "forward", lambda m, *args: records.append(args[2].clone()) or forward(m, *args))
+    examples = [tasks.Example("abcdefgh", "xyz"), tasks.Example("abcde", "y"), tasks.Example("a", "xx")]
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(base, "DROP", 0.0)
+    logp_BR, length_B = base.answer_logp(model, form, examples, generator, None)
+    assert length_B.tolist() == [4, 2, 3] and logp_BR.shape == (3, 4)
+    for b, (prompt, answer, _) in enumerate(examples):
+        oracle = Oracle(model, list(prompt.encode()), [*answer.encode(), 256], None, 0)
+        compare("log-probs", logp_BR[b, : length_B[b]], oracle.logp, 1e-10)
+        assert (logp_BR[b, length_B[b] :] == 0).all()
+
+    monkeypatch.setattr(base, "DROP", 0.3)
+    examples = [tasks.Example("abcdefgh" * 50, "xyz"), tasks.Example("abcdefgh" * 40, "xyz")]
+    found, _ = base.answer_logp(model, form, examples, generator, None)
+    record = records[-1]
+    assert record.shape == (2, 2, 2, 400 + 4 - 1)
+    assert (record[:, 0, :, 400:] == NEVER).all() and (record[:, 1, :, :80] == 0).all(), "answers and padding"
+    prompt = torch.cat((record[:, 0, :, :400].flatten(), record[:, 1, :, 80:400].flatten()))
+    assert set(prompt.unique().tolist()) == {400, NEVER}, "what is dropped is dropped at the prompt's end"
+    assert abs((prompt == 400).double().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / len(prompt))
+    assert len(record[:, 0].flatten(0, 1).unique(dim=0)) == 4, "all heads lose the same keys"
+    again, _ = base.answer_logp(model, form, examples, torch.Generator().manual_seed(1), None)
+    assert not torch.equal(found, again)
+
+
+def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
+    """Each until a right answer has probability LEARNED, by a running mean; then the task, while the rate falls."""
+    task, form, seen, rates = chain(hops=2), text.Form(text.load_encoding("bytes")), [], []
+    model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
+    agent = SimpleNamespace(model=model, task=task, form=form, source=None, s=SimpleNamespace(backend=None))
+
+    def loss(self, lesson, step):
+        seen.append((lesson, step))
+        return model.norm.weight.sum(), 1.0 if lesson == 6 else 0.4
+
+    def step(self, loss, down):
+        rates.append(down)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.WarmUp, "loss", loss)
+        patch.setattr(base.WarmUp, "learn", step)
+        warm_up = base.WarmUp(agent)
+        for lesson in (*task.lessons, None):
+            warm_up.lesson(lesson, 20)
+    # of lesson 6, 1 - 0.9^7 is the first above one half
+    assert [lesson for lesson, _ in seen] == [4] * 20 + [6] * 7 + [8] * 20 + [None] * 20
+    assert [step for lesson, step in seen if lesson is None] == list(range(20))
+    assert rates == pytest.approx([1.0] * (20 + 6 + 20) + [2 - 0.1 * n for n in range(20)])
+
+    # the rate of both optimizers rises over 50 steps and follows `down`; matrices of the layers are Muon's
+    warm_up = base.WarmUp(agent)
+    muon, adamw = ([p for p in o.param_groups[0]["params"]] for o in warm_up.optimizers)
+    in_layers = {id(p) for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2}
+    assert {id(p) for p in muon} == in_layers
+    assert len(muon) + len(adamw) == len(list(model.parameters()))
+    assert all(o.param_groups[0]["weight_decay"] == 0.0 for o in warm_up.optimizers)
+    assert warm_up.optimizers[1].param_groups[0]["betas"] == (0.9, 0.95)
+    assert warm_up.optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+    for n, down in enumerate((1.0, 2.0, 0.01), start=1):
+        warm_up.learn((model.norm.weight * 100).sum(), down)
+        assert [o.param_groups[0]["lr"] for o in warm_up.optimizers] == pytest.approx([3e-3 * min(n / 50, down)] * 2)
+        assert model.norm.weight.grad.norm() < 1.001 and warm_up.taken == n
+    with pytest.raises(FloatingPointError, match="the warm-up's loss is nan, the norm of its gradient nan"):
+        warm_up.learn((model.norm.weight * math.nan).sum(), 1.0)
+    # lessons, steps and answers: all of them other examples, and of the loss the mean over tokens
+    found = [warm_up.loss(lesson, step) for lesson, step in ((4, 0), (6, 0), (None, 0), (None, 1), (None, 1))]
+    assert len({loss.item() for loss, _ in found}) == 4 and found[3][0] == found[4][0]
+    assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "not a mean over tokens"
+
+
+def test_9_the_base_policy_is_named_by_all_that_makes_it(tmp_path, monkeypatch):
+    def path(fingerprint=None, template="{prompt}", **changes):
+        agent = smd.agent_for(smd.checked(tiny(tmp_path, **dict(backend="torch", warmup_steps=3) | changes)))
+
+        agent.form = dataclasses.replace(agent.form, template=template)
+        return base.base_path(agent, fingerprint)
+
+    others = path(warmup_steps=4), path(width=32), path(hops=3), path(fingerprint="f"), path(template="{prompt}?")
+    names = [path(), *others]
+    assert len(set(names)) == 6 and path() == names[0] and names[0].parent == Path("out/cache")
+    # oneDNN's products round otherwise than MKL's
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    monkeypatch.setattr(device, "faster_products", lambda: None)
+    for leave, same in (("none", before == "none"), ("bf16", before == "bf16")):
+        matmul.fp32_precision = leave
+        try:
+            assert (path() == names[0]) == same
+        finally:
+            matmul.fp32_precision = before
+    texts = (
+        "x = 1  # one",
+        '"""A docstring."""\nx = 1',
+        "x  =  1",
+        "x = 2",
+        '"""A docstring."""\nx = 1\n"""No docstring."""',
+    )
+    meanings = [base.meaning(Path(write(tmp_path / "source.py", source))) for source in texts]
+    assert meanings[0] == meanings[1] == meanings[2] and len(set(meanings)) == 3
+    in_class = 'class A:\n    """Doc."""\n    def f(self):\n        """Doc."""\n        return 1'
+    bare = "class A:\n    def f(self):\n        return 1"
+    assert len({base.meaning(Path(write(tmp_path / "source.py", source))) for source in (in_class, bare)}) == 1
+
+
+def test_9_text_to_tokens_and_back():
+    encoding = text.load_encoding("bytes")
+    form = text.Form(encoding)
+    rows, pad = text.tokenize(form, [tasks.Example(prompt, "") for prompt in ("abc", "é", "<|endoftext|>")], "cpu")
+    assert pad.tolist() == [10, 11, 0] and rows.shape == (3, 13)
+    assert rows[0].tolist() == [256] * 10 + [97, 98, 99] and rows[1, 11:].tolist() == [0xC3, 0xA9]
+    assert rows[2].tolist() == list(b"<|endoftext|>"), "what looks like a special token is text"
+    for tokens, want in (([97, 98, 256, 99], "ab"), ([256, 97], ""), ([0xC3, 0xA9], "é"), ([0xC3, 97], "\ufffda")):
+        assert text.decode(encoding, tokens) == want
+    sparse = text.tiktoken.Encoding(
+        "sparse", pat_str=".+", mergeable_ranks={b"a": 0, b"b": 2}, special_tokens={"<|endoftext|>": 4}
+    )
+    assert text.decode(sparse, [0, 1, 2, 4, 0]) == "a\ufffdb"
+    examples = [tasks.Example("four", "abc"), tasks.Example("seven..", "a")]
+    assert text.check_examples(form, examples, 4, 11, None).tolist() == [4, 7]
+    for max_new, context, message in (
+        (3, 99, "f.txt, example 1: an answer of 4 tokens"),
+        (4, 10, "example 2: a prompt of 7"),
+    ):
+        with pytest.raises(cli.UsageError, match=message):
+            text.check_examples(form, examples, max_new, context, "f.txt")
+
+
+def test_9_the_share_of_the_context_that_was_seen_by_hand():
+    """A prompt of 3, of which the first column is padding, and responses of 3 and 1 tokens in columns 3 to 5.
+
+    The queries in columns 3 and 4 see, if nothing is evicted, 3 and 4 keys. Column 1 is evicted at 3: two pairs less.
+    Column 3, at 4: one less, so 4 of 7. The second response has no query of its own.
+    """
+    record = torch.tensor([[0, 3, NEVER, 4, NEVER, NEVER], [0, 3, NEVER, NEVER, 0, 0]], dtype=torch.int32)
+    rollout = SimpleNamespace(
+        prompt_NP=torch.zeros(1, 3),
+        length_B=torch.tensor([3, 1]),
+        evicted_at_LBGT=record[None, :, None],
+        never_evicted_LBGT=torch.where(record == 0, 0, NEVER)[None, :, None],
+        kv_bytes=1,
+        full_kv_bytes=2,
+        full_kv_bytes_shared=3,
+    )
+    want = dict(visible_share=4 / 7, kv_bytes=1, full_kv_bytes=2, full_kv_bytes_shared=3)
+    assert report.of_rollout(rollout) == want
+    rollout.length_B = torch.tensor([1, 1])
+    assert report.of_rollout(rollout)["visible_share"] == 1.0, "of nothing, everything was seen"
