@@ -51,13 +51,11 @@ def test_1_ties_of_knorm_do_not_depend_on_the_precision():
 
 
 @pytest.mark.parametrize(
-    "share, length, kept", [(0.3, 100, 30), (0.07, 100, 7), (0.07, 101, 8), (0.5, 17, 9), (1.0, 9, 9)]
+    "share, length, kept", [("30%", 100, 30), ("7%", 100, 7), ("7%", 101, 8), ("50%", 17, 9), ("100%", 9, 9)]
 )
 def test_1_a_share_of_the_prompt_is_taken_as_it_is_written(share, length, kept):
-    assert Eviction("knorm", share).keep(torch.tensor([length, 200])).tolist() == [
-        kept,
-        math.ceil(round(200 * share, 9)),
-    ]
+    of_200 = 2 * int(share.removesuffix("%"))
+    assert Eviction("knorm", share).keep(torch.tensor([length, 200])).tolist() == [kept, of_200]
     assert Eviction("knorm", 5).keep(torch.tensor([length, 200])).tolist() == [5, 5]
 
 
