@@ -867,8 +867,7 @@ def main(argv: list[str] | None = None) -> int:
                 runs.restore_run(settings.out, Policy(agent.model, agent.s))
             print(agent.answer(settings.prompt))
 
-    hint = "--resume --out FOLDER goes on from the last checkpoint"
-    return cli.run_command(run, "smd.py", hint, speaks=parallel.LOCAL_RANK == 0)
+    return cli.run_command(run, "smd.py", speaks=parallel.LOCAL_RANK == 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ Times are medians of runs that alternate, so that a machine that slows down slow
 weights: neither time nor memory depends on what it has learned.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.bench")
+
 import argparse
 import copy
 import dataclasses

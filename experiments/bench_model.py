@@ -4,6 +4,9 @@ Each contender runs in a process of its own, so that its peak of memory is its o
 GRPOTrainer and `generate` of the transformers package are contenders where these are installed.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.bench_model")
+
 import dataclasses
 import importlib.util
 import json

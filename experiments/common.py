@@ -32,7 +32,7 @@ plt.rcParams["font.size"] = 12
 
 def finished(out: Path, steps: int) -> bool:
     summary = out / "summary.json"
-    return summary.exists() and json.loads(summary.read_text())["steps"] == steps
+    return summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["steps"] == steps
 
 
 def run(out: Path, **given) -> tuple[dict, list[dict]]:
@@ -49,7 +49,8 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
         if settings.model is not None:
             # of a real model it is gigabytes, and model/ has the weights
             (out / "checkpoint.pt").unlink()
-    return json.loads((out / "summary.json").read_text()), runs.read_metrics(out / "metrics.jsonl", settings.steps)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return summary, runs.read_metrics(out / "metrics.jsonl", settings.steps)
 
 
 def begin_worker(threads: int) -> None:
@@ -192,8 +193,11 @@ def command(main: Callable[[], None]) -> None:
             main()
         except BrokenProcessPool as e:
             raise cli.UsageError("a run was killed, perhaps for want of memory; give fewer --jobs") from e
+        except KeyboardInterrupt as e:
+            e.add_note("what is finished is kept")
+            raise
 
-    sys.exit(cli.run_command(run, Path(sys.argv[0]).stem, "what is finished is kept"))
+    sys.exit(cli.run_command(run, Path(sys.argv[0]).stem))
 
 
 def save(figure, path: Path) -> None:

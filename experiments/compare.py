@@ -10,6 +10,9 @@ mean reward of its own rollouts over the last quarter of the steps is taken. Whe
 more beyond it is tried. Per seed all methods see the same prompts.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.compare")
+
 import argparse
 import statistics
 from pathlib import Path

@@ -8,6 +8,9 @@ Noise: tr Cov / ‖mean‖² over five random models; the reward of a response i
 estimators are unbiased, SMD for the gradient of J_sparse, sequence weights for that of J_dense.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.gradients")
+
 import argparse
 import dataclasses
 import math

@@ -5,11 +5,19 @@
 What a press keeps of the prompt under `generate` becomes `evicted_at`. Letters as in smd.py; K columns are kept.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.hugging_face")
+
 import copy
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+if importlib.util.find_spec("transformers") is None:
+    raise SystemExit("the package transformers is needed for this: pip install transformers")
+
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import smd

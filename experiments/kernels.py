@@ -8,6 +8,9 @@ boolean mask, and FlexAttention with the same mask, after a check that the kerne
 version is timed beside dense SDPA. The letters are those of kernel.py.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.kernels")
+
 import argparse
 import itertools
 import json
@@ -222,7 +225,7 @@ def writable(text: str) -> Path:
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        path.open("ab").close()
     except OSError as e:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {e.strerror}") from e
     return path
@@ -243,7 +246,7 @@ def main() -> int:
         found["errors"] = {case: error if math.isfinite(error) else None for case, error in errors.items()}
     found["tile_ratios"] = tile_table()
     found["times"] = time_table(device)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(out)
     return int(not all(error < kernel.LIMIT for error in errors.values()))
 

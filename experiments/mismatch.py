@@ -7,6 +7,9 @@ KL(π_sparse ‖ π_dense) in nats a token, effective sample size of sequence we
 the overlap Σ min(π_sparse, π_dense): mean and 95 % interval over batches of prompts, which all policies share.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.mismatch")
+
 import argparse
 import itertools
 from pathlib import Path

@@ -8,6 +8,9 @@ What is printed is one head's view: a line for each token that was drawn, a dot 
 has all heads of the layer: rows are queries, columns keys.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.show")
+
 import argparse
 from pathlib import Path
 

@@ -14,6 +14,9 @@ Three seeds each (--seeds), snapkv (--eviction), each method at its own learning
 again; another length of the answer has its own base policy.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.sweep")
+
 import argparse
 import itertools
 import statistics

@@ -7,6 +7,9 @@ the policy in their model/, on the held-out prompts, with 100, 50, 25 and 12 % o
 policy.
 """
 
+if not __package__:  # then none of the project's modules is found
+    raise SystemExit("run it from the project's folder: python -m experiments.tolerance")
+
 import argparse
 from pathlib import Path
 

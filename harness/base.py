@@ -118,7 +118,7 @@ class WarmUp:
 
 def meaning(source: Path) -> str:
     """A Python file without its comments, docstrings and layout: what may change without changing what it computes."""
-    tree = ast.parse(source.read_text())
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node) is not None:

@@ -5,8 +5,13 @@ be told about it. `parse` reads a command line, `check_values` looks at each val
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import io
 import math
+import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Collection
@@ -19,6 +24,10 @@ class UsageError(ValueError):
 
 class Ended(BaseException):
     """Another process of the run was lost, or this one was told to end. Not an error that anybody should handle."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code  # with which the command exits
 
 
 def require(holds: bool, message: str) -> None:
@@ -79,6 +88,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message}; see --help")
 
+    def print_help(self, file=None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse itself hides that it cannot be written
+
 
 def count_or_share(text: str) -> int | str:
     """A count ("18") as an int, a share ("50%") as it is written."""
@@ -110,23 +122,66 @@ def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
     return dict(type=kind, metavar=kind.__name__.upper(), help=help.replace("%", "%%"))
 
 
-def run_command(main: Callable[[], None], name: str, hint: str, speaks: bool = True) -> int:
+def escape_output() -> None:
+    """Print the characters that a terminal's encoding lacks as escapes, where they would be an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def told_to_end(number: int, _) -> None:
+    raise Ended(f"ended by {signal.Signals(number).name}", 128 + number)
+
+
+def run_command(main: Callable[[], None], name: str, speaks: bool = True) -> int:
     """Run a command and return its exit code: bad input ends with one line and 2, Ctrl-C with one line and 130.
 
-    speaks: False in a process beside another that ends alike and speaks for both. That it lost another, each says.
+    What was noted on an error (`add_note`) stands behind its message. speaks: False in a process beside another that
+    ends alike and speaks for both. That it lost another, each says.
     """
+    escape_output()
+    said = None
+    before = signal.signal(signal.SIGTERM, told_to_end)
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # an error of this must be met here: at the end of Python it is a traceback
+        code = 0
     except Ended as e:
-        print(f"{name}: {e}; {hint}", file=sys.stderr)
-        return 1
+        said, code, speaks = with_notes(e), e.code, True
+    except KeyboardInterrupt as e:
+        said, code = with_notes(e, "interrupted"), 130
     except (UsageError, FloatingPointError) as e:
-        said, code = str(e), 2
-    except KeyboardInterrupt:
-        said, code = f"interrupted; {hint}", 130
-    else:
-        return 0
+        said, code = with_notes(e), 2
+    except ModuleNotFoundError as e:
+        said, code = f"the package {e.name} is needed for this: pip install {e.name}", 2
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # a reader that has seen enough, as in `| head`, ends a command without a word, and with SIGPIPE's code
+        said = (
+            None if e.errno == errno.EPIPE else with_notes(e, f"the output cannot be written: {e.strerror}; make room")
+        )
+        code = 2 if said else 141
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not speaks:
         return 0  # with another code, torchrun would end the process that speaks before it has spoken
-    print(f"{name}: {said}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        if said:
+            print(f"{name}: {said}", file=sys.stderr, flush=True)
+    discard_unwritable_output()
     return code
+
+
+def with_notes(error: BaseException, message: str | None = None) -> str:
+    return "; ".join([message or str(error), *getattr(error, "__notes__", [])])
+
+
+def discard_unwritable_output() -> None:
+    """Drop what could not be written, or Python tries once more when it ends, and fails with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import kernel
 from harness import cli, device, parallel, pretrained, report
-from harness.cli import UsageError, fixed_names, flag, require
+from harness.cli import Ended, UsageError, fixed_names, flag, require
 
 try:
     import fcntl
@@ -95,7 +95,7 @@ def restore(
 def kept(out: Path, names: Iterable[str]) -> dict:
     """What config.json of the run in a folder says under these names; UsageError where there is none of them."""
     try:
-        config = json.loads((out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in names}
     except OSError as e:
         raise UsageError(f"{out} holds no run to resume ({e.strerror})") from e
@@ -149,6 +149,7 @@ class Run:
 
     def __init__(self, settings):
         """UsageError where --out holds another run, or one of a model that has changed since. Writes nothing."""
+        cli.escape_output()
         self.began = time.perf_counter()
         self.settings = settings
         if settings.model is not None and settings.out is not None:
@@ -194,9 +195,11 @@ class Run:
             raise
         return lock
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error: BaseException | None, _) -> None:
         if self.lock is not None:
             os.close(self.lock)
+        if isinstance(error, KeyboardInterrupt | Ended) and self.checkpoint_path.exists():
+            error.add_note(f"--resume --out {shlex.quote(str(self.out))} goes on from the last checkpoint")
 
     def new_folder(self) -> Path:
         """The first out/METHOD-NUMBER that is free: of two processes that make a folder, one succeeds."""
@@ -304,7 +307,7 @@ class Run:
     def write_row(self, row: dict, lasting: bool) -> None:
         if held_out := self.evaluated():
             tqdm.write(f"step {len(self.rows)}: {report.accuracies(held_out)}")  # above the bar, where there is one
-        with open(self.metrics_path, "a") as f:
+        with open(self.metrics_path, "a", encoding="utf-8") as f:
             print(json.dumps(row), file=f)
             f.flush()
             if lasting:

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import smd
 from harness import cli, device, report, runs, tasks, text
 from harness.memory import PeakBytes
 from smd import Eviction, Settings
+from test_smd import ROOT
 from tests.common import GOOD, argv, outcome, tiny, write
 
 DRAW_CURVES = report.draw_curves
@@ -354,10 +359,84 @@ def test_9_a_command_ends_as_its_error_says(capsys):
             if error is not None:
                 raise error
 
-        return cli.run_command(main, "it", "go on"), capsys.readouterr().err
+        return cli.run_command(main, "it"), capsys.readouterr().err
 
     assert ends(None) == (0, "")
     assert ends(cli.UsageError("no")) == (2, "it: no\n") and ends(FloatingPointError("nan")) == (2, "it: nan\n")
-    assert ends(KeyboardInterrupt()) == (130, "it: interrupted; go on\n")
+    noted = KeyboardInterrupt()
+    noted.add_note("go on")
+    assert ends(noted) == (130, "it: interrupted; go on\n")
     with pytest.raises(ZeroDivisionError):
         ends(ZeroDivisionError())
+
+
+SMALLEST = ["--steps", "2", "--prompts", "2", "--samples", "2", "--budget", "18", "--warmup-steps", "0"]
+SMALLEST += ["--eval-prompts", "2", "--eval-every", "0", "--device", "cpu"]
+# as in a locale that knows no UTF-8
+ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+
+
+def command(*words: str, env=None, **options) -> subprocess.CompletedProcess:
+    env = os.environ | dict(OMP_NUM_THREADS="1") | (env or {})
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, timeout=120, **options)
+
+
+def test_a_terminal_without_greek_letters_is_no_error(tmp_path):
+    """The table (π, ‖) and --help (λ) ended in UnicodeEncodeError, and the first run in UnicodeDecodeError."""
+    run = command(f"{ROOT}/smd.py", *SMALLEST, "--out", "run", env=ASCII, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert rb"log \u03c0_shadow" in run.stdout
+    assert (tmp_path / "run" / "curves.png").exists()
+    help = command(f"{ROOT}/smd.py", "--help", env=ASCII)
+    assert help.returncode == 0 and rb"\u03bb" in help.stdout, help.stderr
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
+    for words in (["smd.py", "--help"], ["smd.py", *SMALLEST, "--out", f"{tmp_path}/run"]):
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(timeout=120) == 141 and b"Traceback" not in error and b"Exception" not in error, error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_output_to_a_full_disk_is_one_line(tmp_path):
+    for words in (["--help"], [*SMALLEST, "--out", "run"]):
+        with open("/dev/full", "wb") as full:
+            run = subprocess.run(
+                [sys.executable, f"{ROOT}/smd.py", *words], stdout=full, stderr=subprocess.PIPE, cwd=tmp_path
+            )
+        assert run.returncode == 2
+        assert run.stderr == b"smd.py: the output cannot be written: No space left on device; make room\n"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_end_says_how_it_goes_on(number, code, tmp_path):
+    words = [sys.executable, f"{ROOT}/smd.py", *SMALLEST, "--steps", "100000", "--out", "my run"]
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(words, cwd=tmp_path, preexec_fn=heeds, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log, deadline = tmp_path / "my run" / "metrics.jsonl", time.time() + 60
+    while time.time() < deadline and not (log.exists() and log.read_bytes()):
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1].decode().splitlines()[-1]
+    assert process.returncode == code
+    what = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+    assert error == f"smd.py: {what}; --resume --out 'my run' goes on from the last checkpoint"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+def test_an_experiment_that_is_started_as_a_file_says_how_it_is_started(script):
+    source = (ROOT / "experiments" / f"{script}.py").read_text(encoding="utf-8")
+    if "__main__" not in source:
+        pytest.skip("it is no command")
+    run = command(f"{ROOT}/experiments/{script}.py")
+    assert run.returncode == 1
+    assert run.stderr.decode() == f"run it from the project's folder: python -m experiments.{script}\n"
+
+
+def test_a_package_that_is_missing_is_named(capsys):
+    assert cli.run_command(lambda: __import__("no_such_package"), "it") == 2
+    assert (
+        capsys.readouterr().err == "it: the package no_such_package is needed for this: pip install no_such_package\n"
+    )

@@ -200,7 +200,7 @@ def test_25_where_one_is_killed_all_end_with_a_line_and_the_run_resumes(tmp_path
     error = together.communicate(timeout=60)[1]
     lines = [line for line in error.splitlines() if line.startswith("smd.py: ")]
     assert together.returncode == 1 and len(lines) == 1, error
-    assert lines[0].endswith("; --resume --out FOLDER goes on from the last checkpoint")
+    assert lines[0].endswith(f"; --resume --out {settings.out} goes on from the last checkpoint")
     kept = torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"]
     assert kept in (20, 40, 60)
     alone = ["--resume", "--out", settings.out, "--device", "cpu", "--steps", str(kept + 1)]
