@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from harness import base, cli, pretrained, runs
+from harness import base, cli, runs
 from harness.report import colour
 from harness.settings import OF_MODEL, OF_TOY
 
@@ -64,13 +64,13 @@ def base_path(given: dict) -> Path | None:
     s = smd.checked(smd.Settings(**given))
     if s.model is not None and s.warmup_steps == 0:
         return None
-    return base.base_path(smd.agent_for(s), pretrained.fingerprint(s.model))
+    return base.base_path(smd.agent_for(s), runs.fingerprint(s))
 
 
 def make_base(given: dict) -> None:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base.load_base(agent, pretrained.fingerprint(agent.s.model))
+        base.load_base(agent, runs.fingerprint(agent.s))
 
 
 def named(*words) -> str:

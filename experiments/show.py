@@ -24,7 +24,7 @@ from harness import runs
 from harness.cli import require
 from harness.streams import EVALUATION
 from harness.tasks import Example
-from harness.text import check_prompt, decode
+from harness.text import check_example, decode
 
 UNBORN, GONE, VISIBLE = range(3)
 LEGEND = {VISIBLE: ("#1f77b4", "visible"), GONE: ("#c6dbef", "evicted"), UNBORN: ("white", "not there yet")}
@@ -67,8 +67,8 @@ def main() -> None:
     agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
     runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     require(-1 <= given.layer < agent.config.layers, f"--layer must be below {agent.config.layers}")
-    example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "")
-    check_prompt(agent.form, example, agent.s.max_new, agent.context, "--prompt: ")
+    example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "", where="--prompt: ")
+    check_example(agent.form, example, agent.s.max_new, agent.context)
     rollout, (response,) = agent.respond([example], 1, True, agent.keys(1, agent.s.seed, EVALUATION, 2))
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
     prompt, drawn = rollout.prompt_NP[0].tolist(), rollout.response_BR[0, : rollout.length_B[0]].tolist()

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from harness import device, parallel, pretrained, runs, streams, tasks
 from harness.base import SEED
-from harness.cli import require
+from harness.cli import UsageError, require
 from harness.report import Progress
 from harness.tasks import TASKS, Example
-from harness.text import Form, check_examples, check_prompt, decode, load_encoding, tokenize
+from harness.text import Form, check_example, decode, load_encoding, tokenize
 from tiny_model import ModelConfig, TinyModel, never_evicted
 
 CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
@@ -54,7 +54,12 @@ class Agent:
         device.faster_products()
         self.encoding = self.form.encoding
         self.task = TASKS[s.task](s)
-        self.eviction.keep(check_examples(self.form, self.task.examples, s.max_new, self.context, s.data))
+        lengths = [check_example(self.form, example, s.max_new, self.context) for example in self.task.examples]
+        length, shortest = min(zip(lengths, self.task.examples, strict=True))
+        try:
+            eviction.keep(torch.tensor([length]))
+        except ValueError as e:
+            raise UsageError(f"{shortest.where}--{e}") from e
         self.model = TinyModel(self.config, seed=SEED)
         if self.source is not None:
             with pretrained.naming(s.model):
@@ -131,8 +136,8 @@ class Agent:
         """
         # in a chat the answer is not begun for the model, as a task may do, and it is longer
         max_new = self.s.max_new if self.source is None else max(ANSWER, self.s.max_new)
-        example = Example(prompt, "")
-        length = check_prompt(self.form, example, max_new, self.context, "--prompt: ")
+        example = Example(prompt, "", where="--prompt: ")
+        length = check_example(self.form, example, max_new, self.context)
         lines = []
         wanted = self.eviction.wanted(torch.tensor([length])).item()
         forced = sum(self.eviction.forced.values())

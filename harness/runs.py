@@ -6,6 +6,7 @@ model/           at the end, with --model: the policy in Hugging Face's layout
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import kernel
-from harness import cli, device, parallel, pretrained, report
+from harness import cli, device, parallel, pretrained, report, tasks
 from harness.cli import Ended, UsageError, fixed_names, flag, require
 
 try:
@@ -124,6 +125,16 @@ def read_metrics(path: Path, steps: int) -> list[dict]:
     return rows
 
 
+def fingerprint(settings) -> str | None:
+    """SHA-256 of what a run reads, --model and --data; None where it reads neither."""
+    if settings.model is None and settings.data is None:
+        return None
+    digest = hashlib.sha256((pretrained.fingerprint(settings.model) or "").encode())
+    if settings.data is not None:
+        digest.update(tasks.read_data(settings.data))
+    return digest.hexdigest()
+
+
 def restore_run(out: str, policy: nn.Module) -> None:
     """Give a policy the weights of the last checkpoint of the run in a folder."""
     restore(Path(out) / "checkpoint.pt", policy)
@@ -155,7 +166,7 @@ class Run:
         if settings.model is not None and settings.out is not None:
             ours = Path(settings.model).resolve().is_relative_to(Path(settings.out).resolve())
             require(not ours, f"--model {settings.model} lies in --out {settings.out}; take another --out")
-        self.fingerprint = pretrained.fingerprint(settings.model)
+        self.fingerprint = fingerprint(settings)
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
@@ -220,7 +231,8 @@ class Run:
             if name != "steps" and old != now:
                 raise UsageError(f"--out {out} holds a run with {flag(name)} {old}, not {now}; use another --out")
         same = kept(out, ["fingerprint"])["fingerprint"] == self.fingerprint
-        require(same, f"--out {out} holds a run whose --model {s.model} has changed since; use another --out")
+        read = " or ".join(f"{flag(name)} {getattr(s, name)}" for name in ("model", "data") if getattr(s, name))
+        require(same, f"--out {out} holds a run whose {read} has changed since; use another --out")
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""

@@ -4,13 +4,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from harness import parallel
 from harness.cli import UsageError, require
+from harness.number import last_number
 from harness.streams import EVALUATION, PROMPTS, numpy_stream
 
 
@@ -18,6 +19,7 @@ class Example(NamedTuple):
     prompt: str
     answer: str
     begun: str = ""  # how the answer begins, which the model is given
+    where: str = ""  # what an error message about it begins with: its file and line
 
 
 class Task(Protocol):
@@ -52,15 +54,10 @@ def same_text(response: str, answer: str) -> bool:
     return response.strip() == answer.strip()
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text: 1,234.5 is one."""
-    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text, re.ASCII)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
 def same_number(response: str, answer: str) -> bool:
     """The last number of either text has the same value."""
-    return last_number(response) is not None and last_number(response) == last_number(answer)
+    number = last_number(response)
+    return number is not None and number == last_number(answer)
 
 
 REWARDS = {"exact": same_text, "number": same_number}
@@ -74,14 +71,19 @@ def accuracy(task: Task, texts: list[str], examples: list[Example]) -> float:
 
 
 def score(reward: Callable[[str, str, str], float], examples: list[Example], texts: list[str]) -> list[float]:
-    """Rewards of responses, as many to each example, grouped by example; FloatingPointError where one is not finite."""
+    """Rewards of responses, as many to each example, grouped by example; FloatingPointError beyond float32."""
     samples = len(texts) // len(examples)
     rewards = []
     for i, text in enumerate(texts):
         example = examples[i // samples]
-        rewards.append(float(reward(example.prompt, text, example.answer)))
-        if not math.isfinite(rewards[-1]):
-            raise FloatingPointError(f"a reward is {rewards[-1]}")
+        given = reward(example.prompt, text, example.answer)
+        try:
+            value = float(given)
+        except OverflowError:  # an int that no float can hold
+            value = math.inf
+        if not abs(value) <= float(np.finfo(np.float32).max):
+            raise FloatingPointError(f"a reward is {value}; it must be a finite number, at most 3.4e38 in size")
+        rewards.append(value)
     return rewards
 
 
@@ -220,6 +222,9 @@ def enumerated(words: list[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+FEW = 10  # held-out examples: of fewer, the start of a run says how coarse the accuracy is
+
+
 class TextFile:
     """The examples of a JSONL file, the last 10 % of them held out. Reward 1 for a right answer, else 0."""
 
@@ -232,14 +237,19 @@ class TextFile:
         # where there is no chat around it, a line of its own is what tells GSM8K's question from the answer
         self.examples = read_jsonl(path, "\n" if settings.model is None else "")
         self.right = REWARDS[settings.reward]
-        numbers = [last_number(example.answer) is not None for example in self.examples]
-        lacking = settings.reward == "number" and not all(numbers)
-        require(not lacking, f"--reward number: {path} has answers without a number")
+        for example in self.examples if settings.reward == "number" else ():
+            known = last_number(example.answer) is not None
+            require(known, f"{example.where}--reward number cannot read a number in the answer {example.answer[:40]!r}")
         count = len(self.examples)
         require(count >= 2, f"{path}: want at least 2 examples, one of them to hold out, got {count}")
         held = max(1, count // 10)
         self.train = self.examples[:-held]
         self.test = self.examples[-held:]
+        repeated = len({example.prompt for example in self.train} & {example.prompt for example in self.test})
+        said = f"{path}: {count - held} examples to train on, {held} held out"
+        said += f", of which {repeated} repeat a prompt to train on" if repeated else ""
+        said += f"; one of them is {1 / held:.0%} of the accuracy" if held < FEW else ""
+        parallel.say(said)
 
     @staticmethod
     def defaults(settings) -> dict:
@@ -262,12 +272,16 @@ class TextFile:
 TASKS = {"chain": Chain, "facts": Facts, "text": TextFile}
 
 
-def read_jsonl(path: str, after_question: str) -> list[Example]:
-    """The examples of a JSONL file; UsageError, with the line's number, where one is malformed."""
+def read_data(path: str) -> bytes:
     try:
-        lines = Path(path).read_bytes().splitlines()
+        return Path(path).read_bytes()
     except OSError as e:
         raise UsageError(f"--data {path} cannot be read: {e.strerror}") from e
+
+
+def read_jsonl(path: str, after_question: str) -> list[Example]:
+    """The examples of a JSONL file; UsageError, with the line's number, where one is malformed."""
+    lines = read_data(path).splitlines()
     numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     examples = [read_example(line, f"{path}, line {n}: ", after_question) for n, line in numbered]
     if not examples:
@@ -279,7 +293,7 @@ def read_example(line: bytes, where: str, after_question: str) -> Example:
     """An object with "prompt" and "answer", or GSM8K's "question" and "answer"; UsageError where it is neither."""
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"{where}not JSON in UTF-8 ({e})") from e
     fields = row if isinstance(row, dict) else {}
     prompt = fields.get("prompt", fields.get("question"))
@@ -295,4 +309,4 @@ def read_example(line: bytes, where: str, after_question: str) -> Example:
         answer = answer.strip().replace(",", "")
     if not prompt.strip() or not answer.strip():
         raise UsageError(f"{where}the prompt and the answer must not be empty")
-    return Example(prompt, answer)
+    return Example(prompt, answer, where=where)

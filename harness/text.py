@@ -78,24 +78,18 @@ def pad_left(rows: list[list[int]], fill: int, device: str) -> tuple[Tensor, Ten
     return tokens_NP, torch.tensor([P - len(row) for row in rows], device=device)
 
 
-def check_prompt(form: Form, example: Example, max_new: int, context: int, where: str) -> int:
-    """Tokens of a prompt; UsageError where there are none, or too many for a response of max_new to follow."""
+def check_example(form: Form, example: Example, max_new: int, context: int) -> int:
+    """Tokens of the prompt; UsageError where a text is not Unicode, or prompt or answer are empty or too long."""
+    where = example.where
     require(example.prompt != "", f"{where}the prompt must not be empty")
+    for text in (example.prompt, example.answer):
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # half of a UTF-16 pair, which JSON's "\ud800" makes
+            raise UsageError(f"{where}{text[e.start]!r} at character {e.start} is not Unicode text; remove it") from e
     tokens = len(form.tokens(example))
-    fits = tokens + max_new <= context
-    require(
-        fits, f"{where}a prompt of {tokens} tokens with --max-new {max_new} exceeds the context of {context} tokens"
-    )
+    limits = f"--max-new {max_new} exceeds the context of {context} tokens"
+    require(tokens + max_new <= context, f"{where}a prompt of {tokens} tokens with {limits}")
+    of_answer = len(form.encoding.encode_ordinary(example.answer)) + 1
+    require(of_answer <= max_new, f"{where}an answer of {of_answer} tokens with its end exceeds --max-new {max_new}")
     return tokens
-
-
-def check_examples(form: Form, examples: list[Example], max_new: int, context: int, source: str | None) -> Tensor:
-    """Tokens of each prompt (N,); UsageError, with the example's number, where a prompt or an answer does not fit."""
-    lengths = []
-    for n, example in enumerate(examples, start=1):
-        where = "" if source is None else f"{source}, example {n}: "
-        lengths.append(check_prompt(form, example, max_new, context, where))
-        tokens = len(form.encoding.encode_ordinary(example.answer)) + 1
-        fits = tokens <= max_new
-        require(fits, f"{where}an answer of {tokens} tokens with its end exceeds --max-new {max_new}")
-    return torch.tensor(lengths)

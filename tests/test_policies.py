@@ -186,3 +186,11 @@ def test_5_padding_is_never_kept_before_a_real_key(policy):
         record = rollout.evicted_at_LBGT[:, n, :, :P]
         assert (record[..., : P - length] == 0).all()
         assert ((record > P).sum(-1) == min(8, length)).all(), f"prompt of {length}"
+
+
+def test_a_share_is_exact_as_it_is_written():
+    """In floating point 7 % of 100 tokens are more than 7."""
+    length_N = torch.tensor([100, 200, 101])
+    assert Eviction("knorm", "7%").keep(length_N).tolist() == [7, 14, 8]
+    assert Eviction("knorm", "100%").keep(length_N).tolist() == [100, 200, 101]
+    assert Eviction("knorm", "0.1%").keep(length_N).tolist() == [1, 1, 1]

@@ -15,7 +15,7 @@ import torch
 
 import smd
 from experiments.enumerated import gradient
-from harness import cli, device, pretrained, tasks, text, tokenizer
+from harness import cli, device, pretrained, runs, tasks, text, tokenizer
 from harness.streams import numpy_stream
 from kernel import NEVER
 from smd import Eviction, Settings
@@ -428,7 +428,7 @@ def test_8_a_model_that_has_changed_is_not_resumed(tmp_path, capsys):
     folder = model_folder(tmp_path / "model")
     smd.train(small_run(folder, tmp_path / "run"))
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["fingerprint"]
-    assert kept == pretrained.fingerprint(folder)
+    assert kept == runs.fingerprint(small_run(folder, tmp_path))
     model_folder(tmp_path / "model", seed=1)
     for more in (["--steps", "3"], ["--prompt", "x"]):
         assert smd.main(["--resume", "--out", str(tmp_path / "run"), *more]) == 2

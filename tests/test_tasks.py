@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import smd
-from harness import base, cli, device, report, streams, tasks, text
+from harness import base, cli, device, report, runs, streams, tasks, text
 from harness.agent import Agent
+from harness.number import last_number
 from harness.streams import numpy_stream, torch_stream
 from kernel import NEVER
 from smd import Eviction, Settings
@@ -91,6 +92,7 @@ GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
 def test_8_real_text_is_read(tmp_path):
     examples = tasks.read_jsonl(str(GSM8K), "")
     assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
+    assert tasks.TextFile(smd.checked(Settings(data=str(GSM8K), reward="number"))).reward("?", "so $18.", "18") == 1
 
 
 def follow(prompt: str, hops: int) -> str:
@@ -110,15 +112,15 @@ def chain(**changes) -> tasks.Chain:
 def test_9_the_chain_is_followed_along_its_edges():
     task = chain(hops=5)
     examples = task.draw(200, numpy_stream(1, 2))
-    for prompt, answer, _ in examples:
+    for prompt, answer, *_ in examples:
         edges = prompt.split("?")[0]
         sources, targets = edges[::2], edges[1::2]
         assert sorted(sources) == sorted(targets) == sorted("abcdefghijklmnop"), "not a cycle over all letters"
         assert answer == follow(prompt, 5) and len(prompt) == 34
         assert len(follow(prompt, 16)) == len(set(follow(prompt, 16))) == 16, "more than one cycle"
-    assert len(set(examples)) == 200 and len({answer for _, answer, _ in examples}) > 190
+    assert len(set(examples)) == 200 and len({answer for _, answer, *_ in examples}) > 190
     # the edges come in any order: how often an edge stands right behind the one that leads to it
-    behind = [prompt[i + 1] == prompt[i + 2] for prompt, _, _ in examples for i in range(0, 30, 2)]
+    behind = [prompt[i + 1] == prompt[i + 2] for prompt, *_ in examples for i in range(0, 30, 2)]
     assert abs(statistics.mean(behind) - 1 / 15) < 0.02
     assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
 
@@ -126,13 +128,13 @@ def test_9_the_chain_is_followed_along_its_edges():
 def test_9_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
     task = chain(hops=5)
     for lesson in task.lessons:
-        for prompt, answer, _ in task.demonstrate(20, numpy_stream(0, lesson), lesson):
+        for prompt, answer, *_ in task.demonstrate(20, numpy_stream(0, lesson), lesson):
             assert len(prompt) == 2 * lesson + 2 and answer == follow(prompt, lesson - 1)
     assert task.lessons == (4, 6, 8) and task.batch == 64  # the base policy of the README is made of these
     shown = task.demonstrate(2000, numpy_stream(0), None)
-    assert {len(prompt) for prompt, _, _ in shown} == {34}
+    assert {len(prompt) for prompt, *_ in shown} == {34}
     # a hop that slips lands anywhere, one time in 16 on the right letter
-    hops = [follow(p.split("?")[0] + "?" + a, 1) == b for p, answer, _ in shown for a, b in itertools.pairwise(answer)]
+    hops = [follow(p.split("?")[0] + "?" + a, 1) == b for p, answer, *_ in shown for a, b in itertools.pairwise(answer)]
     right = 1 - 0.13 * 15 / 16
     assert abs(statistics.mean(hops) - right) < 5 * math.sqrt(right * (1 - right) / len(hops))
 
@@ -170,7 +172,7 @@ def test_9_the_facts_are_looked_up():
     for asked, count in ((1, 12), (2, 5), (3, 16)):
         task = facts(asked=asked, facts=count)
         examples = task.draw(50, numpy_stream(1, 2))
-        for prompt, answer, begun in examples:
+        for prompt, answer, begun, _ in examples:
             codes = dict(re.findall(r"The code of (\w+) is ([1-9][0-9])\.", prompt))
             assert len(codes) == count and set(codes) <= set(task.NOUNS)
             question = prompt.rpartition(" What ")[2]
@@ -212,20 +214,9 @@ def test_9_the_rewards_of_facts_by_hand():
 
 
 def test_9_the_last_number_decides(tmp_path):
-    for said, want in (
-        ("3 + 4 = 7", "7"),
-        ("$1,234.50.", "1234.5"),
-        ("-3", "-3"),
-        ("none", None),
-        ("7.", "7"),
-        ("10 or 1,000,000", "1000000"),
-    ):
-        assert tasks.last_number(said) == (None if want is None else tasks.Decimal(want)), said
     task = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", NUMBERED, NUMBERED), reward="number"))
     found = [task.reward("?", said, "1234") for said in ("so 1,234", "1234.0 in all", "1234 of 5", "no")]
     assert found == [1.0, 1.0, 0.0, 0.0]
-    with pytest.raises(cli.UsageError, match="answers without a number"):
-        tasks.TextFile(Settings(data=write(tmp_path / "words.jsonl", GOOD, GOOD), reward="number"))
 
 
 NUMBERED = json.dumps({"prompt": "how many", "answer": "1234"})
@@ -236,7 +227,7 @@ def test_9_what_is_held_out_is_never_trained_on(tmp_path):
         lines = [json.dumps(dict(prompt=f"question {n}", answer=str(n))) for n in range(count)]
         task = tasks.TextFile(Settings(data=write(tmp_path / f"{count}.jsonl", *lines), reward="exact"))
         test = task.held_out(1000)
-        assert test == [tasks.Example(f"question {n}", str(n)) for n in range(count - held, count)]
+        assert [e[:2] for e in test] == [(f"question {n}", str(n)) for n in range(count - held, count)]
         assert task.held_out(1) == test[:1]
         for drawn in (task.draw(500, numpy_stream(0)), task.demonstrate(500, numpy_stream(1), None)):
             assert {int(e.answer) for e in drawn} == set(range(count - held)), "too few are trained on, or too many"
@@ -359,7 +350,7 @@ def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monk
     monkeypatch.setattr(base, "DROP", 0.0)
     logp_BR, length_B = base.answer_logp(model, form, examples, generator, None)
     assert length_B.tolist() == [4, 2, 3] and logp_BR.shape == (3, 4)
-    for b, (prompt, answer, _) in enumerate(examples):
+    for b, (prompt, answer, *_) in enumerate(examples):
         oracle = Oracle(model, list(prompt.encode()), [*answer.encode(), 256], None, 0)
         compare("log-probs", logp_BR[b, : length_B[b]], oracle.logp, 1e-10)
         assert (logp_BR[b, length_B[b] :] == 0).all()
@@ -470,14 +461,14 @@ def test_9_text_to_tokens_and_back():
         "sparse", pat_str=".+", mergeable_ranks={b"a": 0, b"b": 2}, special_tokens={"<|endoftext|>": 4}
     )
     assert text.decode(sparse, [0, 1, 2, 4, 0]) == "a\ufffdb"
-    examples = [tasks.Example("four", "abc"), tasks.Example("seven..", "a")]
-    assert text.check_examples(form, examples, 4, 11, None).tolist() == [4, 7]
-    for max_new, context, message in (
-        (3, 99, "f.txt, example 1: an answer of 4 tokens"),
-        (4, 10, "example 2: a prompt of 7"),
+    four, seven = tasks.Example("four", "abc", where="line 1: "), tasks.Example("seven..", "a", where="line 2: ")
+    assert [text.check_example(form, example, 4, 11) for example in (four, seven)] == [4, 7]
+    for example, max_new, context, message in (
+        (four, 3, 99, "line 1: an answer of 4 tokens"),
+        (seven, 4, 10, "line 2: a prompt of 7"),
     ):
         with pytest.raises(cli.UsageError, match=message):
-            text.check_examples(form, examples, max_new, context, "f.txt")
+            text.check_example(form, example, max_new, context)
 
 
 def test_9_the_share_of_the_context_that_was_seen_by_hand():
@@ -500,3 +491,113 @@ def test_9_the_share_of_the_context_that_was_seen_by_hand():
     assert report.of_rollout(rollout) == want
     rollout.length_B = torch.tensor([1, 1])
     assert report.of_rollout(rollout)["visible_share"] == 1.0, "of nothing, everything was seen"
+
+
+def numbered(count: int, words: str = "what comes after {} is ") -> list[str]:
+    return [json.dumps(dict(prompt=words.format(n), answer=str(n + 1))) for n in range(count)]
+
+
+DIFFERENT = [
+    ("5/3", "2/3"), ("−3", "3"), ("-$5", "5"), ("2e3", "1e3"), ("5", ".5"), ("2 000", "1 000"), ("12 cm^2", "10 cm^2"),
+    ("12:30", "11:30"), (r"\frac{5}{3}", r"\frac{2}{3}"), ("5-10", "4-10"), ("1,5", "2,5"), ("1/2/2024", "3/2/2024"),
+    ("3√2", "2"), (r"3\sqrt{2}", "2"), (r"2\pi", "2"), ("5²", "5"), ("3½", "3"), ("3 × 10^8", "2 × 10^8"), ("1/0", "0"),
+    ("9^9^9", "9"), ("1e99999", "1"), ("9" * 5000, "9"), ("v1.2.3", "3"), (r"\frac{x}{2}", "2"), ("no", "5"),
+]  # fmt: skip
+EQUAL = [
+    ("−3", "-3"), ("-$5", "-5"), ("1e3", "1000"), (".5", "0.5"), ("0.5", "1/2"), ("1{,}234", "1234"),
+    ("10 cm^2", "10"), ("3 1/2", "3.5"), ("10^6", "1000000"), ("١٢", "12"), ("-3", "-3"), ("1,234.50", "1234.5"),
+    ("$18", "18"), ("$-5", "-5"), ("18%", "18"), (r"\boxed{7}", "7"), ("The answer is 18.", "18"), ("18.0", "18"),
+    ("**18**", "18"), ("3 + 4 = 7", "7"), ("10 or 1,000,000", "1000000"), (r"-\frac{1}{2}", "-0.5"),
+    (r"3\frac{1}{2}", "3.5"), (r"3\times10^{8}", "3e8"), ("10^{-2}", "0.01"), ("1 234 567", "1234567"),
+    ("9.8 m/s^2", "9.8"), ("Step 12: 30", "30"), ("答案是18。", "18"), ("10-3=7", "7"), ("18km", "18"), ("+5", "5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said, answer", DIFFERENT)
+def test_a_wrong_number_is_not_paid(said, answer):
+    assert not tasks.same_number(said, answer)
+
+
+@pytest.mark.parametrize("said, answer", EQUAL)
+def test_a_right_number_is_paid_however_it_is_written(said, answer):
+    assert tasks.same_number(said, answer)
+
+
+def test_a_text_without_a_number_is_never_right():
+    assert last_number("none") is None and not tasks.same_number("none", "none")
+
+
+@pytest.mark.parametrize("answer", ["12:30", "seven", "3√2", "1,5"])
+def test_an_answer_that_cannot_be_read_as_a_number_is_refused_by_its_line(answer, tmp_path):
+    file = write(tmp_path / "a.jsonl", *numbered(3), json.dumps(dict(prompt="when?", answer=answer)))
+    with pytest.raises(cli.UsageError, match=f"a.jsonl, line 4: --reward number cannot read a number in .*{answer}"):
+        tasks.TextFile(Settings(data=file, reward="number"))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"prompt": "half a pair \\ud800 is", "answer": "x"}', r"'\\ud800' at character 12 is not Unicode text"),
+        ('{"prompt": "what is it?", "answer": "\\udfff"}', r"'\\udfff' at character 0 is not Unicode text"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON in UTF-8"),
+        ('{"prompt": "hi", "answer": "x"}', r"--budget must be at least sinks \+ window = 5, got 1 \(50% of a"),
+        ('{"prompt": "' + "long " * 500 + '", "answer": "x"}', "a prompt of 2500 tokens with --max-new 128 exceeds"),
+        (
+            '{"prompt": "why is that so?", "answer": "' + "x" * 200 + '"}',
+            "an answer of 201 tokens with its end exceeds",
+        ),
+    ],
+)
+def test_what_no_run_can_use_is_refused_by_its_line(row, message, tmp_path):
+    """Would catch an example counted without the blank lines before it, and a crash on the last print of a run."""
+    file = write(tmp_path / "a.jsonl", *numbered(1), "", row)
+    with pytest.raises(cli.UsageError, match=rf"a\.jsonl, line 3: {message}"):
+        smd.train(Settings(data=file))
+    assert not (tmp_path / "out").exists(), "something was written"
+
+
+def test_a_prompt_that_is_not_unicode_is_refused():
+    agent = smd.agent_for(smd.checked(Settings(width=16, device="cpu")))
+    with pytest.raises(cli.UsageError, match=r"--prompt: '\\udcff' at character 2 is not Unicode text"):
+        agent.answer("ab\udcff")
+
+
+def test_few_and_repeated_prompts_are_said(tmp_path, capsys):
+    """Would catch an accuracy of 0 or 1 without a word that one example makes it."""
+    for rows, said in (
+        (numbered(12), "11 examples to train on, 1 held out; one of them is 100% of the accuracy"),
+        (numbered(200), "180 examples to train on, 20 held out"),
+        (
+            numbered(150) + numbered(50),
+            "180 examples to train on, 20 held out, of which 20 repeat a prompt to train on",
+        ),
+    ):
+        file = write(tmp_path / "a.jsonl", *rows)
+        tasks.TextFile(Settings(data=file, reward="exact"))
+        assert capsys.readouterr().out == f"{file}: {said}\n"
+
+
+SMALL = dict(
+    device="cpu", width=16, warmup_steps=1, steps=1, prompts=2, samples=2, max_new=4, budget="80%", eval_every=0
+)
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
+    """Would catch a "before" and an "after" that are of different questions."""
+    file = write(tmp_path / "a.jsonl", *numbered(20))
+    smd.train(Settings(**SMALL, data=file, out="run"))
+    smd.train(Settings(**SMALL | dict(steps=2), data=file, out="run", resume=True))
+    same = runs.fingerprint(Settings(data=file))
+    write(tmp_path / "a.jsonl", *numbered(20, "what follows {} is "))
+    assert runs.fingerprint(Settings(data=file)) != same
+    capsys.readouterr()
+    for more in (["--steps", "3"], ["--prompt", "what comes after 3 is "]):
+        assert smd.main(["--resume", "--out", "run", *more]) == 2
+        assert f"--out run holds a run whose --data {file} has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [10**400, -(10**400), math.inf, math.nan, 1e39])
+def test_a_reward_beyond_float32_is_an_error_of_one_line(given):
+    with pytest.raises(FloatingPointError, match=r"a reward is (-?inf|nan|1e\+39); it must be a finite number"):
+        tasks.score(lambda *_: given, [tasks.Example("p", "a")], ["x"])
+    assert tasks.score(lambda *_: 3e38, [tasks.Example("p", "a")], ["x"]) == [3e38]
