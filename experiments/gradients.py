@@ -1,6 +1,7 @@
 """Which gradient does each method follow, and how noisy is one response's? Both as exact sums.
 
-    python -m experiments.gradients          prints two tables
+    python -m experiments.gradients          the distances: four seconds
+    python -m experiments.gradients --noise  and then the noise: five minutes on one core
 
 On a model whose responses can be enumerated, the one of the proofs in test_smd.py. Distances: relative, of a method's
 expected gradient from those of J_sparse and J_dense; one response, its reward less a constant, before the first update.
@@ -17,10 +18,12 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import smd
 from experiments.common import command
 from experiments.enumerated import World, distance, gradient
+from harness.report import Progress
 
 LENGTHS, SEEDS = range(1, 6), range(5)
 
@@ -35,12 +38,16 @@ def gradient_of(world: World, n: int, dense: bool) -> Tensor:
     return gradient(smd.response_logp(world.model, r, hidden_XC).sum(), world.model)
 
 
-def noise(world: World, dense: bool) -> float:
+def noise(world: World, dense: bool, progress: Progress) -> float:
     """tr Cov / ‖mean‖² of w (r - E r) ∇ log π(y), y ~ π_sparse; w = π_dense / π_sparse if dense, else 1."""
     with torch.no_grad():
         p_B = world.logp(dense).sum(dim=1).exp()  # of y under the policy that is differentiated
     coefficient_B = p_B / world.p * (world.reward - p_B @ world.reward)
-    each = torch.stack([c * gradient_of(world, n, dense) for n, c in enumerate(coefficient_B)])
+    each = []
+    for n, coefficient in enumerate(coefficient_B):
+        each.append(coefficient * gradient_of(world, n, dense))
+        progress.step()
+    each = torch.stack(each)
     mean = world.p @ each
     return ((world.p @ each.square().sum(dim=1) - mean.square().sum()) / mean.square().sum()).item()
 
@@ -64,19 +71,24 @@ def distances() -> None:
 def noises() -> None:
     print("tr Cov / |mean|^2, median (least, most) over five models")
     print("tokens" + "".join(f"{name:>30}" for name in ("smd", "seq_is")))
-    for length in LENGTHS:
-        worlds = [World(seed, length) for seed in SEEDS]
-        line = f"{length:6}"
-        for dense in (False, True):
-            least, _, median, _, most = sorted(noise(world, dense) for world in worlds)
-            line += f"{median:12.1f} ({least:.1f}, {most:.1f})".rjust(30)
-        print(line, flush=True)
+    worlds = {length: [World(seed, length) for seed in SEEDS] for length in LENGTHS}
+    responses = sum(len(world.responses) for of_length in worlds.values() for world in of_length)
+    with Progress("noise", 2 * responses) as progress:
+        for length in LENGTHS:
+            line = f"{length:6}"
+            for dense in (False, True):
+                least, _, median, _, most = sorted(noise(world, dense, progress) for world in worlds[length])
+                line += f"{median:12.1f} ({least:.1f}, {most:.1f})".rjust(30)
+            tqdm.write(line)  # above the bar
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--noise", action="store_true", help="then print the noise of one response's gradient, too")
+    given = parser.parse_args()
     distances()
-    noises()
+    if given.noise:
+        noises()
 
 
 if __name__ == "__main__":

@@ -189,3 +189,17 @@ def test_23_an_experiment_draws_its_table_and_never_runs_twice(tmp_path, monkeyp
     assert common.table({"a": [{"x": n, "y": 1.0} for n in (1.0, 2.0, 3.0)]}, tmp_path / "t.md").endswith(
         "a  2 ± 2.5  1"
     )
+
+
+def test_the_noise_of_a_gradient_is_computed_only_when_asked_for(monkeypatch, capsys):
+    """The first table came after four seconds, and then nothing for minutes, as the second was always computed."""
+    from experiments import gradients
+
+    monkeypatch.setattr(gradients, "distances", lambda: print("distances"))
+    monkeypatch.setattr(gradients, "LENGTHS", range(1, 2))
+    for words, lines in (([], 1), (["--noise"], 4)):
+        monkeypatch.setattr(sys, "argv", ["gradients", *words])
+        gradients.main()
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == lines and said.out.startswith("distances\n")
+        assert ("noise: 40 of 40" in said.err) == bool(words), "a bar has a step for each of 5 × 2 × 4 gradients"
