@@ -975,10 +975,10 @@ def test_13_the_learner_through_the_kernels_is_the_learner(method):
     rollout = ragged_rollout(model, budget=None if method == "dense" else 8, samples=2, max_new=8)
     tensors = {name: x.to(GPU) for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
     model, rollout = model.to(GPU), dataclasses.replace(rollout, **tensors)
-    loss, want, _ = learner(model, rollout, method, backend="torch")
+    loss, want, _ = learner(model, rollout, method, backend="torch", kl_ref=0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel.BACKENDS, "torch", lambda *_: pytest.fail("a part of the learner took another backend"))
-        through, got, figures = learner(model, rollout, method, backend="triton")
+        through, got, figures = learner(model, rollout, method, backend="triton", kl_ref=0.1)
     assert math.isclose(loss.item(), through.item(), rel_tol=1e-4)
     assert (got - want).norm() <= 1e-4 * want.norm()
     assert figures.get("replay_error", 0.0) < 1e-5

@@ -207,6 +207,9 @@ def test_9_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
     s = smd.checked(Settings(data="file", pool=3))
     filled = dict(task="text", budget="50%", pool=3, prompts=8, max_new=128, warmup_steps=100)
     assert {name: getattr(s, name) for name in filled} == filled
+    s = smd.checked(Settings(data="file", model="smollm2"))
+    filled = dict(task="text", budget="25%", pool=5, prompts=8, max_new=128, warmup_steps=0)
+    assert {name: getattr(s, name) for name in filled} == filled
     for asked, warmup_steps in ((None, 0), (3, 26)):
         s = smd.checked(Settings(model="smollm2", asked=asked))
         filled = dict(task="facts", facts=12, budget="25%", max_new=5 * (asked or 1) - 1, warmup_steps=warmup_steps)

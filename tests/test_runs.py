@@ -18,10 +18,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import smd
-from harness import cli, device, runs
+from harness import cli, device, runs, tasks
 from harness.agent import Agent
 from smd import Settings
-from tests.common import argv, outcome, tiny
+from tests.common import SECONDS, argv, outcome, tiny
 
 
 def test_0_products_are_float32_whoever_makes_them(monkeypatch):
@@ -358,6 +358,29 @@ def test_8_the_seconds_of_a_run_include_those_before_it_was_resumed(tmp_path):
     assert 0 < state["seconds"] < 60
     runs.save(path, state | dict(seconds=1000.0))
     assert 1000 < smd.train(tiny(tmp_path, steps=2, resume=True))["seconds"] < 1060
+
+
+def test_8_the_seconds_of_a_step_are_counted_where_they_are_spent(tmp_path, monkeypatch):
+    """Would catch a diagnosis that is counted as learning."""
+    now = [0.0]
+
+    def taking(seconds, f):
+        def slow(*args):
+            now[0] += seconds
+            return f(*args)
+
+        return slow
+
+    monkeypatch.setattr(device, "clock", lambda _: now[0])
+    for owner, name, seconds in (
+        (Agent, "respond", 1), (tasks, "score", 2), (smd, "diagnose", 10), (smd, "prepare", 100), (smd, "update", 200),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    agent = smd.agent_for(smd.checked(tiny(tmp_path)))
+    policy = smd.Policy(agent.model, agent.s)
+    for step, diagnosis in ((1, 10), (2, 0)):
+        row = smd.train_step(agent, policy, policy.optimizer(agent.s.lr), agent.task.reward, step)
+        assert [row[name] for name in SECONDS] == [3, diagnosis, 300]
 
 
 def judge(prompt: str, response: str, answer: str) -> float:
