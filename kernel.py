@@ -442,7 +442,6 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int
     return TritonAttention.apply(q.contiguous(), k, v, tiles, D**-0.5)[..., :D]
 
 
-KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
 BACKENDS = {"torch": attention_torch, "triton": attention_triton}
 
 
