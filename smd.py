@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 # threads that spin while they wait for one another cost, beside a busy process, far more than the core that it takes
@@ -47,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harness import base, cli, device, memory, parallel, report, runs, streams, tasks
+from harness import base, cli, device, files, memory, parallel, report, runs, streams, tasks
 from harness.agent import Agent
 from harness.cli import require
 from harness.objectives import (
@@ -863,8 +864,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             agent = agent_for(checked(settings))
             if settings.resume:
-                runs.Run(agent.s)  # which looks whether the model is still the same
-                runs.restore_run(settings.out, Policy(agent.model, agent.s))
+                runs.check_same(agent.s, runs.fingerprint(agent.s))
+                files.restore(Path(settings.out) / "checkpoint.pt", Policy(agent.model, agent.s))
             print(agent.answer(settings.prompt))
 
     return cli.run_command(run, "smd.py", speaks=parallel.LOCAL_RANK == 0)

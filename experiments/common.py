@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import smd
-from harness import base, cli, runs
+from harness import base, cli, files, runs
 from harness.report import colour
 from harness.settings import OF_MODEL, OF_TOY
 
@@ -41,7 +41,7 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
     Raises UsageError where `out` holds a run with other settings.
     """
     settings = smd.checked(smd.Settings(out=str(out), resume=(out / "config.json").exists(), **given))
-    runs.Run(settings)
+    runs.check_same(settings, runs.fingerprint(settings))
     if not finished(out, settings.steps):
         # one bar is enough: that of the experiment
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -49,8 +49,9 @@ def run(out: Path, **given) -> tuple[dict, list[dict]]:
         if settings.model is not None:
             # of a real model it is gigabytes, and model/ has the weights
             (out / "checkpoint.pt").unlink()
+    log = (out / "metrics.jsonl").read_text(encoding="utf-8")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return summary, runs.read_metrics(out / "metrics.jsonl", settings.steps)
+    return summary, [json.loads(line) for line in log.splitlines()]
 
 
 def begin_worker(threads: int) -> None:
@@ -164,7 +165,7 @@ def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     marked = ["| " + " | ".join(row) + " |" for row in cells]
-    runs.write(path, "\n".join([marked[0], "|" + "---|" * len(cells[0]), *marked[1:]]) + "\n")
+    files.write(path, "\n".join([marked[0], "|" + "---|" * len(cells[0]), *marked[1:]]) + "\n")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 
 import smd
 from experiments.common import command, save
-from harness import runs
+from harness import files, runs
 from harness.cli import require
 from harness.streams import EVALUATION
 from harness.tasks import Example
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=-1)
     given = parser.parse_args()
     agent = smd.agent_for(smd.checked(smd.Settings(**runs.read_config(given.out, smd.Settings))))
-    runs.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    files.restore(given.out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     require(-1 <= given.layer < agent.config.layers, f"--layer must be below {agent.config.layers}")
     example = agent.task.held_out(1)[0] if given.prompt is None else Example(given.prompt, "", where="--prompt: ")
     check_example(agent.form, example, agent.s.max_new, agent.context)

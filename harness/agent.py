@@ -6,22 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import device, parallel, pretrained, runs, streams, tasks
 from harness.base import SEED
 from harness.cli import UsageError, require
-from harness.report import Progress
+from harness.report import Progress, heartbeat
 from harness.tasks import TASKS, Example
 from harness.text import Form, check_example, decode, load_encoding, tokenize
-from tiny_model import ModelConfig, TinyModel, never_evicted
+from tiny_model import ModelConfig, TinyModel
 
 CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
 EVALUATION_BATCH = 64  # held-out prompts at a time
 PRETRAINED_BATCH = 16  # of a pretrained model, whose dense cache of 64 prompts would be the most that a run ever holds
 CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
 ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
-FINITE = 16  # tokens of the prompt with which the policy is tried after an update
 
 
 def swiglu_width(width: int) -> int:
@@ -65,6 +64,9 @@ class Agent:
             with pretrained.naming(s.model):
                 self.source.load(self.model)
         self.model.to(s.device)
+        for layers in (module for module in self.model.modules() if isinstance(module, nn.ModuleList)):
+            for layer in layers:
+                layer.register_forward_hook(lambda *_: heartbeat())
 
     def draw(self, step: int) -> tuple[list[Example], Tensor]:
         """The prompts of a training step, and the keys (N,) of what is sampled for them."""
@@ -89,16 +91,10 @@ class Agent:
             rollout = self.sample(self.model, prompt_NP[some], pad_N[some], *limits, eviction, key_N[some])
         return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
 
-    @torch.no_grad()
     def check_finite(self) -> None:
-        """FloatingPointError where the weights, or what they make of the end of a prompt, are not finite."""
-        tokens_NP = tokenize(self.form, self.task.examples[:1], self.s.device)[0][:, -FINITE:]
-        pad_N = tokens_NP.new_zeros(1)
-        record_L1GP = never_evicted(pad_N, tokens_NP.shape[1]).repeat(self.config.layers, 1, self.config.kv_heads, 1)
-        with device.precision(self.s):
-            logits_V = self.model.logits(self.model(tokens_NP, pad_N, record_L1GP)[0, -1])
+        """FloatingPointError where the weights are not finite; what they make of a prompt, the sampler looks at."""
         # one look at the device for all of them
-        if not torch.stack([x.isfinite().all() for x in (logits_V, *self.model.parameters())]).all():
+        if not torch.stack([x.isfinite().all() for x in self.model.parameters()]).all():
             raise FloatingPointError("the updated policy is not finite")
 
     def evaluate(self, caches: tuple[str, ...] = CACHES) -> dict[str, float]:

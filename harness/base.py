@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kernel
 import tiny_model
-from harness import parallel, runs, streams, tasks, text
+from harness import files, parallel, streams, tasks, text
 from harness.report import Progress
 from harness.streams import WARMUP, numpy_stream, torch_stream
 from harness.tasks import Example
@@ -155,7 +155,7 @@ def load_base(agent, fingerprint: str | None) -> None:
         parallel.say(f"base policy: read from {path}")
     else:
         parallel.by_first(make_base, agent, path)
-    parallel.agreed(runs.restore, path, agent.model, None, "delete it, and it is made anew")
+    parallel.agreed(files.restore, path, agent.model)
 
 
 def make_base(agent, path: Path) -> None:
@@ -170,5 +170,5 @@ def make_base(agent, path: Path) -> None:
         warm_up.lesson(lesson, agent.s.warmup_steps)
     warm_up.lesson(None, agent.s.warmup_steps)
     agent.model.zero_grad()
-    runs.save(path, dict(weights=agent.model.state_dict()))
+    files.save(path, dict(weights=agent.model.state_dict()))
     print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)

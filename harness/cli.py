@@ -11,6 +11,7 @@ import errno
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import types
@@ -48,6 +49,23 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def words(**given) -> str:
+    """Settings as a command line of a shell gives them."""
+    found = []
+    for name, value in given.items():
+        word = shlex.quote(str(value))
+        # what begins with a dash is taken for a flag, unless it is tied to its own
+        tie = "=" if word.startswith("-") else " "
+        found.append(flag(name) if value is True else f"{flag(name)}{tie}{word}")
+    return " ".join(found)
+
+
+def in_short(error: BaseException) -> str:
+    """An error in some words: its type, and the beginning of its message."""
+    said = str(error).splitlines()
+    return f"{type(error).__name__}: {said[0][:80]}" if said else type(error).__name__
+
+
 def fixed_names(settings) -> list[str]:
     """The settings that a run keeps from beginning to end."""
     return [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
@@ -78,6 +96,10 @@ def check_values(settings, choices: dict[str, Collection[str]]) -> None:
         require(fits, f"{flag(f.name)} must be {' or '.join(kind.__name__ for kind in kinds(f))}, got {value!r}")
         if isinstance(value, float):
             require(math.isfinite(value), f"{flag(f.name)} must be a finite number, got {value}")
+        if isinstance(value, int):
+            require(value < 2**63, f"{flag(f.name)} must be at most {2**63 - 1}, got {value}")
+        if isinstance(value, str):
+            require("\0" not in value, f"{flag(f.name)} must be text without NUL characters, got {value!r}")
         if low is not None:
             require(value >= low, f"{flag(f.name)} must be at least {low}, got {value}")
         if among is not None:

@@ -62,6 +62,13 @@ def peak_memory(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Is this how Python, or torch on any device, says that memory has run out?"""
+    said = "can't allocate memory", "out of memory", "not enough memory", "bad_alloc"
+    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    return isinstance(error, MemoryError) or of_torch
+
+
 def clock(device: str) -> float:
     """Seconds, when all that was asked of the device is done."""
     if device == "cuda":

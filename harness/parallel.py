@@ -14,7 +14,7 @@ import atexit
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
 import torch
@@ -27,10 +27,17 @@ from torch import Tensor, nn
 from harness.cli import Ended, UsageError, require
 
 # torchrun tells each process how many there are and which it is, in all and on this machine
-COUNT = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_COUNT = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+TOLD = "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"
+
+
+def told_by_torchrun(environment: Mapping[str, str]) -> list[int]:
+    """The numbers TOLD; those of a single process where some are missing, as where a scheduler set the others."""
+    told = [environment.get(name, "") for name in TOLD]
+    whole = all(number.isdecimal() for number in told) and "MASTER_ADDR" in environment
+    return [int(number) for number in told] if whole else [1, 0, 1, 0]
+
+
+COUNT, RANK, LOCAL_COUNT, LOCAL_RANK = told_by_torchrun(os.environ)
 PATIENCE = timedelta(days=1)  # for one another: the first makes the base policy alone
 
 

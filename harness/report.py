@@ -1,18 +1,22 @@
 """What a person sees of a run: how far it is, the table at its end, and its picture."""
 
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from harness import parallel
+from harness.cli import in_short, words
 
 # the same colour for the same method in every picture, readable on white and on black
 COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
-SILENCE = 10.0  # seconds after which something is said, however little has been done
+SILENCE = 5.0  # seconds after which a heartbeat is shown: they are further apart where a single operation takes long
 
 
 def colour(name: str) -> str:
@@ -20,43 +24,63 @@ def colour(name: str) -> str:
     return COLOURS.get(name.split(",")[0], "black")
 
 
-class Progress:
+class Progress(tqdm):
     """A bar where standard error is a terminal; where it is a file, so many lines on the way, at equal distances.
 
-    Where nothing has been said for SILENCE seconds there is a line, too. Of several processes, the first shows its own.
-    total: steps at most.
+    In between, `heartbeat` shows it. Of several processes, the first shows its own. total: steps at most.
     """
 
+    running: ClassVar[list["Progress"]] = []
+    last_shown: ClassVar[float] = time.monotonic()  # any of them
+
     def __init__(self, name: str, total: int, done: int = 0, lines: int = 10):
-        self.name = name
-        self.total = total
-        self.done = done
+        # None: no bar in a file
+        super().__init__(desc=name, total=total, initial=done, leave=False, disable=parallel.RANK > 0 or None)
+        self.name, self.done, self.figures = name, done, ""
         self.every = max(1, total // lines) if lines else total + 1
-        self.last_line = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty() and parallel.RANK == 0:
-            self.bar = tqdm(desc=name, total=total, initial=done, leave=False)
+
+    def __enter__(self) -> "Progress":
+        self.running.append(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.running.remove(self)
+        self.close()
 
     def step(self, **figures: float) -> None:
         """One step is done; the figures are shown beside it."""
         self.done += 1
-        if parallel.RANK > 0:
-            return
-        shown = {name: f"{value:.2f}" for name, value in figures.items()}
-        if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
-        elif self.done % self.every == 0 or time.monotonic() - self.last_line > SILENCE:
-            said = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.name}: {self.done} of {self.total} {said}".rstrip(), file=sys.stderr, flush=True)
-            self.last_line = time.monotonic()
+        self.figures = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        self.set_postfix_str(self.figures, refresh=False)
+        self.update()
+        if self.disable and self.done % self.every == 0:
+            self.show()
+        else:
+            heartbeat()
 
-    def __enter__(self) -> "Progress":
-        return self
+    def show(self) -> None:
+        if self.disable:
+            note(f"{self.name}: {self.done} of {self.total} {self.figures}".rstrip())
+        else:
+            self.refresh()
+        Progress.last_shown = time.monotonic()
 
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+
+def note(text: str) -> None:
+    """Say something on standard error, in the first process; above the bar, where there is one."""
+    if parallel.RANK == 0:
+        tqdm.write(text, file=sys.stderr)
+    Progress.last_shown = time.monotonic()
+
+
+def heartbeat(doing: str = "") -> None:
+    """Show what is being done, or how far the innermost Progress is, if nothing was shown for SILENCE seconds."""
+    if time.monotonic() - Progress.last_shown < SILENCE:
+        return
+    if doing:
+        note(doing)
+    elif Progress.running:
+        Progress.running[-1].show()
 
 
 def accuracies(found: dict[str, float]) -> str:
@@ -97,6 +121,12 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def of_rows(rows: list[dict]) -> dict:
+    """What summary.json says of the log."""
+    errors = {name: max(points(rows, name)[1], default=None) for name in ("replay_error", "dense_error")}
+    return errors | dict(visible_share=rows[-1]["visible_share"] if rows else None)
+
+
 def points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps at which a figure was taken, and the figure."""
     taken = [row for row in rows if row.get(name) is not None]
@@ -114,9 +144,14 @@ def held_out(rows: list[dict], summary: dict, cache: str) -> tuple[list[int], li
 
 def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> None:
     """Left: does it learn? Right: how far the learner and the dense policy are from what was sampled."""
-    import matplotlib.pyplot as plt  # here, because it takes a second that a test or an error message need not wait
+    # a notebook's shell names the notebook's backend: where that is not installed, matplotlib cannot be imported
+    backend = os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure  # here, because it takes a second
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(10, 3.8), layout="constrained")  # without pyplot, and so without a screen
+    left, right = figure.subplots(1, 2)
     for cache, style in (("sparse", "o-"), ("dense", "o--")):
         steps, values = held_out(rows, summary, cache)
         left.plot(steps, values, style, color=colour(method), markersize=4, label=f"held-out accuracy, {cache} cache")
@@ -133,4 +168,20 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
         note = f"replay error, largest of all steps: {max(errors):.1g}\n(should stay at rounding, some 1e-6 in float32)"
         right.annotate(note, (0.03, 0.05), xycoords="axes fraction", fontsize=9)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def conclude(rows: list[dict], summary: dict, method: str, prompt: str) -> None:
+    """Print the table, draw the picture, and print a prompt to try, as it is pasted into a shell."""
+    print(table(summary))
+    if summary["peak_memory"] is not None:
+        print(f"this process held {summary['peak_memory'] / 1e9:.2f} GB at most")
+    picture = Path(summary["out"]) / "curves.png"
+    said = f"its picture is {picture}"
+    try:
+        draw_curves(rows, summary, method, picture)
+    except Exception as e:  # matplotlib has many reasons, and none is worth a run's results
+        said = f"its picture could not be drawn ({in_short(e)})"
+    print(f"{summary['seconds']:.0f} s; the run is in {summary['out']}, {said}")
+    script = Path(__file__).resolve().parent.parent / "smd.py"
+    script = "smd.py" if script.parent == Path.cwd() else shlex.quote(str(script))
+    print(f"try: python {script} {words(resume=True, out=summary['out'], prompt=prompt)}", flush=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import kernel
 from harness import device, parallel, tasks
@@ -79,7 +80,6 @@ class Settings:
     dtype: str | None = running(
         None, "what sampler and learner compute in; the weights are float32 (default: bfloat16 on cuda, else float32)"
     )
-    overwrite: bool = running(False, "replace the run in --out", free=True)
 
 
 # what a setting made of words may be
@@ -117,5 +117,6 @@ def completed(s: Settings) -> Settings:
     most = s.prompts // s.minibatches // parallel.COUNT
     parts = f"--accumulate takes at most the {most} prompts that a process has of an update"
     require(s.accumulate <= most, f"{parts}, got {s.accumulate}")
-    require(not (s.resume and s.overwrite), "--resume and --overwrite exclude each other; take one of them")
+    inside = None not in (s.model, s.out) and Path(s.model).resolve().is_relative_to(Path(s.out).resolve())
+    require(not inside, f"--model {s.model} lies in --out {s.out}; take another --out")
     return s

@@ -76,7 +76,11 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
     rewards = []
     for i, text in enumerate(texts):
         example = examples[i // samples]
-        given = reward(example.prompt, text, example.answer)
+        try:
+            given = reward(example.prompt, text, example.answer)
+        except Exception as e:
+            e.add_note(f"raised by the reward {getattr(reward, '__qualname__', reward)}")
+            raise
         try:
             value = float(given)
         except OverflowError:  # an int that no float can hold

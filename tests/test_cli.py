@@ -1,9 +1,12 @@
 """The command line: every bad input gets one line, every flag changes the result; what is printed."""
 
 import dataclasses
+import io
+import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 import smd
-from harness import cli, device, report, runs, tasks, text
+from harness import cli, device, files, report, tasks, text
 from harness.memory import PeakBytes
 from smd import Eviction, Settings
 from test_smd import ROOT
@@ -39,11 +42,14 @@ def test_8_a_run_says_what_it_does(tmp_path, capsys):
         "resumed at step 4 of 6",
         "held-out accuracy     before    after",
         f"the run is in {out}, its picture is {out}/curves.png",
-        f"try: python smd.py --resume --out {out} --prompt '",
+        f"try: python {ROOT}/smd.py --resume --out {out} --prompt '",
     ):
         assert part in said, part
     smd.train(tiny(tmp_path, "other", steps=0))
     assert "base policy: read from out/cache/base-" in capsys.readouterr().out
+
+
+PATHS = "--out", "--data", "--model"
 
 
 def bad_inputs(tmp: Path) -> list:
@@ -65,7 +71,9 @@ def bad_inputs(tmp: Path) -> list:
         ),
         (json.dumps({"prompt": "hi", "answer": "x"}), "budget must be at least sinks + window = 5, got 1"),
     ]
-    files = [(write(tmp / f"{n}.jsonl", *([GOOD, line] if line else [])), part) for n, (line, part) in enumerate(data)]
+    files_of_data = [
+        (write(tmp / f"{n}.jsonl", *([GOOD, line] if line else [])), part) for n, (line, part) in enumerate(data)
+    ]
     (tmp / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "caf\xe9", "answer": "x"}\n')
     (tmp / "broken").mkdir()
     (tmp / "broken" / "config.json").write_text("{")
@@ -77,15 +85,11 @@ def bad_inputs(tmp: Path) -> list:
     lacking = tiny(tmp, "lacking", steps=1)
     smd.train(lacking)
     state = torch.load(tmp / "lacking" / "checkpoint.pt", weights_only=True)
-    del state["seconds"]
-    runs.save(tmp / "lacking" / "checkpoint.pt", state)
-    torn = tiny(tmp, "torn", steps=2)
-    smd.train(torn)
-    log = tmp / "torn" / "metrics.jsonl"
-    log.write_bytes(log.read_bytes().replace(b'{"step": 2', b'{"st\xffp": 2'))
+    del state["optimizer"]
+    files.save(tmp / "lacking" / "checkpoint.pt", state)
     resume = ["--resume", "--out", done.out]
     return [
-        *[(["--data", file], part) for file, part in files],
+        *[(["--data", file], part) for file, part in files_of_data],
         (["--data", str(tmp / "latin.jsonl")], "line 2: not JSON in UTF-8"),
         (["--data", str(tmp / "none.jsonl")], "cannot be read: No such file"),
         (["--data", str(tmp)], "cannot be read: Is a directory"),
@@ -120,10 +124,18 @@ def bad_inputs(tmp: Path) -> list:
         (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
         (["--width", "100"], "--width must be a multiple of 8, got 100"),
         (["--out", "/dev/null/run"], "/dev/null/run cannot be written: Not a directory"),
-        (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue it or --overwrite"),
+        (["--out", files_of_data[0][0]], "cannot be written: File exists; choose another --out"),
+        (["--resume", "--out", files_of_data[0][0]], "holds no run to resume (Not a directory)"),
+        (["--out", "x" * 300], "cannot be written: File name too long; choose another --out"),
+        (["--resume", "--out", "x" * 300], "holds no run to resume (File name too long)"),
+        (["--data", "x" * 300], "cannot be read: File name too long"),
+        (["--model", "x" * 300], "there is no such file or folder"),
+        *[([name, "a\0b"], f"{name} must be text without NUL characters, got 'a\\x00b'") for name in PATHS],
+        (["--seed", "18446744073709551616"], f"--seed must be at most {2**63 - 1}, got 18446744073709551616"),
+        (["--lr", "1" + "0" * 400], "--lr must be a finite number, got inf"),
+        (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue it, delete it"),
         ([*resume, "--method", "naive"], "holds a run with --method smd, not naive"),
         ([*resume, "--steps", "1"], "is at step 2 already"),
-        ([*resume, "--overwrite"], "--resume and --overwrite exclude each other"),
         ([*resume, "--prompt", ""], "the prompt must not be empty"),
         ([*resume, "--prompt", "x" * 2048], "a prompt of 2048 tokens with --max-new 3 exceeds the context of 2048"),
         (["--prompt", "abba?a"], "--prompt needs --resume"),
@@ -131,20 +143,19 @@ def bad_inputs(tmp: Path) -> list:
         (["--resume", "--out", str(tmp / "nowhere")], "holds no run to resume"),
         (["--resume", "--out", str(tmp / "broken")], "config.json is damaged"),
         (["--resume", "--out", damaged.out], "is missing or damaged"),
-        (["--resume", "--out", torn.out], "metrics.jsonl, line 2 is damaged; use --overwrite"),
-        (["--resume", "--out", lacking.out], "is missing or damaged (KeyError: 'seconds')"),
+        (["--resume", "--out", lacking.out], "is missing or damaged (KeyError: 'optimizer'); delete it to begin anew"),
         (["--pool", "4"], "--pool must be odd, a key and as many neighbours on either side, got 4"),
         (["--task", "riddle"], "--task must be one of chain, facts, text, got 'riddle'"),
         (["--task", "text"], "--task text needs --data FILE.jsonl"),
         (["--task", "facts"], "--task facts is asked in words; it needs a --model"),
         (["--facts", "3"], "--facts is read by --task facts only, got --task chain"),
-        (["--data", files[0][0], "--hops", "3"], "--hops is read by --task chain only, got --task text"),
+        (["--data", files_of_data[0][0], "--hops", "3"], "--hops is read by --task chain only, got --task text"),
         (["--template", "plain"], "--template needs --model"),
         (["--accumulate", "33"], "--accumulate takes at most the 32 prompts that a process has of an update, got 33"),
         (["--model", "nowhere"], "--model nowhere: there is no such file or folder"),
         (["--model", "nowhere", "--width", "64"], "--model brings its own width; leave --width out"),
         (["--model", "nowhere", "--encoding", "bytes"], "--model brings its own encoding; leave --encoding out"),
-        (["--task", "chain", "--data", files[0][0]], "--task chain reads no file, got --data"),
+        (["--task", "chain", "--data", files_of_data[0][0]], "--task chain reads no file, got --data"),
     ]  # fmt: skip
 
 
@@ -232,35 +243,35 @@ def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
     # so many lines at equal distances, and one whenever it was long silent
     clock = [0.0]
     monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(report.Progress, "last_shown", 0.0)
     with report.Progress("x", 10, done=2, lines=2) as progress:
         for n in range(8):
             clock[0] += 11 if n == 5 else 0
             progress.step(reward=n / 8)
+        report.heartbeat()
+        clock[0] += 11
+        report.heartbeat()
+        clock[0] += 1
+        report.heartbeat("writing too soon")
+        clock[0] += 10
+        report.heartbeat("writing")
+    report.heartbeat()
     assert capsys.readouterr().err.splitlines() == [
         "x: 5 of 10 reward 0.25",
         "x: 8 of 10 reward 0.62",
         "x: 10 of 10 reward 0.88",
+        "x: 10 of 10 reward 0.88",
+        "writing",
     ]
-    calls = []
-
-    class Bar:
-        def __init__(self, **options):
-            calls.append(options)
-
-        def __getattr__(self, name):
-            return lambda *args, **options: calls.append((name, *args))
-
     with monkeypatch.context() as patch:
-        patch.setattr(report, "tqdm", Bar)
-        patch.setattr(sys.stderr, "isatty", lambda: True)
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        patch.setattr(sys, "stderr", terminal)
         with report.Progress("x", 10, done=2) as progress:
             progress.step(reward=0.251)
-    assert calls == [
-        dict(desc="x", total=10, initial=2, leave=False),
-        ("set_postfix", dict(reward="0.25")),
-        ("update",),
-        ("close",),
-    ]
+            progress.show()
+        shown = terminal.getvalue().split("\r")
+        assert any("3/10" in bar and "reward 0.25" in bar for bar in shown) and not shown[-1].strip()
     with report.Progress("quiet", 3, lines=0) as progress:
         for _ in range(3):
             progress.step()
@@ -268,9 +279,9 @@ def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
 
 
 def test_9_no_curve_leaves_the_picture(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     for rewards in ([0.1, 0.4, 0.3], [-3.0, 0.5, 7.0], [40.0, 50.0, 60.0]):
         figures = []
         rows = [dict(step=n + 1, reward=r, kl_sparse_dense=0.1 * n, replay_error=1e-7) for n, r in enumerate(rewards)]
@@ -386,11 +397,20 @@ def command(*words: str, env=None, **options) -> subprocess.CompletedProcess:
 
 
 def test_a_terminal_without_greek_letters_is_no_error(tmp_path):
-    """The table (π, ‖) and --help (λ) ended in UnicodeEncodeError, and the first run in UnicodeDecodeError."""
-    run = command(f"{ROOT}/smd.py", *SMALLEST, "--out", "run", env=ASCII, cwd=tmp_path)
+    """The table (π, ‖) and --help (λ) ended in UnicodeEncodeError, and the first run in UnicodeDecodeError.
+
+    In a notebook's shell the picture ended in ValueError, and what a run says at its end did not work when pasted.
+    """
+    env = ASCII | dict(MPLBACKEND="module://matplotlib_inline.backend_inline", WORLD_SIZE="2")
+    run = command(f"{ROOT}/smd.py", *SMALLEST, "--out", "my run", env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+    assert b" | one process (WORLD_SIZE is not torchrun's)\n" in run.stdout
     assert rb"log \u03c0_shadow" in run.stdout
-    assert (tmp_path / "run" / "curves.png").exists()
+    assert (tmp_path / "my run" / "curves.png").exists()
+    env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    pasted = run.stdout.splitlines()[-1].removeprefix(b"try: ")
+    asked = subprocess.run(pasted, shell=True, env=env, cwd=tmp_path, capture_output=True)
+    assert asked.stdout.startswith(b"sparse cache: "), asked.stderr
     help = command(f"{ROOT}/smd.py", "--help", env=ASCII)
     assert help.returncode == 0 and rb"\u03bb" in help.stdout, help.stderr
 
@@ -482,3 +502,32 @@ def test_a_short_prompt_is_answered_with_what_the_policy_is_forced_to_keep():
     assert said == "--budget 50% of 4 tokens is 2, but snapkv keeps at least 7: 7 are kept"
     assert answers.startswith("sparse cache: ") and "dense cache: " in answers
     assert smd.agent_for(smd.checked(s)).answer("abcdefghijkl?a").startswith("sparse cache: ")
+
+
+@pytest.mark.parametrize("prompt", ["a b?", "-5 + 3", "--help", "it's", "two\nlines", "$HOME `x` \\ *"])
+def test_a_shell_reads_words_as_they_were(prompt):
+    given = shlex.split(cli.words(resume=True, out="-my run", prompt=prompt))
+    assert cli.parse(Settings, {}, "", given) == dict(resume=True, out="-my run", prompt=prompt)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_run_nothing(tmp_path, monkeypatch, capsys):
+    """Any error of matplotlib came before the table."""
+
+    def no_picture(*_):
+        raise ValueError("no canvas")
+
+    monkeypatch.setattr(report, "draw_curves", no_picture)
+    summary = smd.train(tiny(tmp_path, steps=1))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    said = capsys.readouterr().out
+    assert "held-out accuracy" in said and "its picture could not be drawn (ValueError: no canvas)" in said
+
+
+def test_a_long_rollout_shows_that_it_goes_on(monkeypatch, capsys):
+    """Would catch a sampler, or a learner, that is silent for as long as a batch takes."""
+    agent = smd.agent_for(smd.checked(tiny(Path("."), eval_prompts=3)))
+    seconds = itertools.count()
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(report.Progress, "last_shown", 0)
+    agent.evaluate(("dense",))
+    assert "evaluation: 0 of 1\n" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import smd
-from harness import cli, parallel, report, runs, tasks
+from harness import cli, files, parallel, report, tasks
 from harness.agent import Agent
 from smd import Settings
 from test_smd import ROOT, compare
@@ -157,6 +157,17 @@ def test_25_several_processes_are_one(tmp_path, monkeypatch):
     assert_close([row | unlike for row in together], [row | unlike for row in alone], "the run")
 
 
+def test_a_schedulers_environment_is_not_torchruns():
+    """WORLD_SIZE=2, or RANK alone, or an empty WORLD_SIZE, ended in a traceback of torch.distributed."""
+    whole = dict(WORLD_SIZE="3", RANK="2", LOCAL_WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1")
+    assert parallel.told_by_torchrun(whole) == [3, 2, 2, 1]
+    for name in whole:
+        lacking = {other: value for other, value in whole.items() if other != name}
+        assert parallel.told_by_torchrun(lacking) == [1, 0, 1, 0], name
+    for given in ({}, whole | dict(WORLD_SIZE=""), whole | dict(RANK="two"), dict(WORLD_SIZE="2"), dict(RANK="1")):
+        assert parallel.told_by_torchrun(given) == [1, 0, 1, 0], given
+
+
 def test_25_a_share_by_hand(monkeypatch):
     monkeypatch.setattr(parallel, "COUNT", 3)
     taken = []
@@ -176,9 +187,10 @@ def test_25_what_one_process_finds_is_raised_in_all(monkeypatch):
 
 def test_25_being_told_to_end_is_not_taken_for_a_file_that_cannot_be_written(tmp_path):
     """Would catch a signal that arrives while a file is written or read, and becomes an advice to delete it."""
+    files.save(tmp_path / "some.pt", {})
     for act in (
-        lambda: runs.write(tmp_path / "file", parallel.told_to_end),
-        lambda: runs.restore(tmp_path / "none.pt", SimpleNamespace(parameters=parallel.told_to_end)),
+        lambda: files.write(tmp_path / "file", parallel.told_to_end),
+        lambda: files.restore(tmp_path / "some.pt", SimpleNamespace(parameters=parallel.told_to_end)),
     ):
         with pytest.raises(cli.Ended):
             act()

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
+import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import smd
-from harness import cli, device, runs, tasks
+from harness import cli, device, files, runs, tasks
 from harness.agent import Agent
 from smd import Settings
 from tests.common import SECONDS, argv, outcome, tiny
@@ -102,7 +105,7 @@ def test_8_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
 
     def dies(name, call):
         """Let the call-th call of a function die after it has done its work in part or in full."""
-        module = runs if name in ("save", "restore") else smd
+        module = files if name in ("save", "restore") else smd
         real, calls = getattr(module, name), []
 
         def dying(*args, **options):
@@ -188,26 +191,6 @@ def test_8_a_checkpoint_answers_a_prompt(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == str(state["model.norm.weight"].tolist())
 
 
-def test_8_overwrite_replaces_a_run_even_if_killed_while_it_does(tmp_path, monkeypatch):
-    """Would catch a new config.json beside the old run's checkpoint, from which a resumption would go on."""
-    new = tiny(tmp_path, seed=1, overwrite=True)
-    smd.train(tiny(tmp_path, "fresh", seed=1))
-    smd.train(tiny(tmp_path))
-    write_file = runs.write
-
-    def killed_after(*args):
-        write_file(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "write", killed_after)
-        smd.train(new)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    smd.train(dataclasses.replace(new, overwrite=False, resume=True))
-    assert outcome(new.out) == outcome(tmp_path / "fresh")
-
-
 def is_finite(out: str) -> bool:
     """Is all that a run has written finite, and can it be gone on from?"""
     state = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
@@ -272,7 +255,7 @@ def test_8_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch)
     for bad in (math.nan, math.inf):
         state = dict(weights=dict(a=torch.ones(3), b=torch.tensor([1.0, bad])), step=1)
         with pytest.raises(FloatingPointError, match="the weights, or the optimizer's moments, are not finite"):
-            runs.save(tmp_path / "checkpoint.pt", state)
+            files.save(tmp_path / "checkpoint.pt", state)
         assert not list(tmp_path.iterdir())
     agent = smd.agent_for(smd.checked(tiny(tmp_path)))
     agent.check_finite()
@@ -289,8 +272,9 @@ def test_8_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch)
     with torch.no_grad():
         agent.model.embed_tokens.weight.mul_(1e12)
         agent.model.norm.weight.mul_(1e30)  # finite weights of which nothing finite comes
-    with pytest.raises(FloatingPointError, match="the updated policy is not finite"):
-        agent.check_finite()
+    agent.check_finite()
+    with pytest.raises(FloatingPointError, match="the policy's logits are not finite"):
+        agent.evaluate()
 
 
 def test_8_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
@@ -309,7 +293,7 @@ def test_8_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with runs.Run(dataclasses.replace(settings, out="")) as unnamed:
         assert str(unnamed.out) == "out/smd-001"
-    unnamed.out.rmdir()
+    shutil.rmtree(unnamed.out)
     unnamed = dataclasses.replace(settings, out=None)
     with runs.Run(unnamed) as first, runs.Run(unnamed) as second:
         assert (str(first.out), str(second.out)) == ("out/smd-001", "out/smd-002")
@@ -317,8 +301,8 @@ def test_8_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
     # another run that begins and ends between the check of --out and the claim
     late = runs.Run(settings)
     smd.train(tiny(tmp_path, steps=1))
-    with late, pytest.raises(cli.UsageError, match="add --resume to continue it or --overwrite"):
-        late.resume(None, None)
+    with pytest.raises(cli.UsageError, match="add --resume to continue it, delete it"):
+        late.__enter__()
 
     # two that write the same base policy
     replace = os.replace
@@ -326,15 +310,15 @@ def test_8_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
 
         def interrupted(source, target):
             patch.setattr(os, "replace", replace)
-            runs.write(target, "of the other")
+            files.write(target, "of the other")
             replace(source, target)
 
         patch.setattr(os, "replace", interrupted)
-        runs.write(tmp_path / "base", "ours")
+        files.write(tmp_path / "base", "ours")
     assert (tmp_path / "base").read_text() == "ours"
     with monkeypatch.context() as patch, pytest.raises(cli.UsageError, match="cannot be written: No space left"):
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        runs.write(tmp_path / "base", "more")
+        files.write(tmp_path / "base", "more")
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -345,7 +329,7 @@ def test_8_a_damaged_base_policy_says_what_helps(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:1000])
     assert smd.main(argv(tiny(tmp_path, "again", steps=0))) == 2
     error = capsys.readouterr().err
-    assert "delete it, and it is made anew" in error and "--overwrite" not in error
+    assert "its checksum is wrong); delete it to begin anew" in error
     file.unlink()
     smd.train(tiny(tmp_path, "anew", steps=0))
     assert outcome(tmp_path / "anew") == outcome(settings.out)
@@ -356,7 +340,7 @@ def test_8_the_seconds_of_a_run_include_those_before_it_was_resumed(tmp_path):
     path = tmp_path / "run" / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     assert 0 < state["seconds"] < 60
-    runs.save(path, state | dict(seconds=1000.0))
+    files.save(path, state | dict(seconds=1000.0))
     assert 1000 < smd.train(tiny(tmp_path, steps=2, resume=True))["seconds"] < 1060
 
 
@@ -391,7 +375,7 @@ def judge(prompt: str, response: str, answer: str) -> float:
 def held_out_reward(out: Path, count: int = 512) -> tuple[float, float]:
     """Mean reward of a run's checkpoint on held-out prompts with the sparse cache, and its standard error."""
     agent = smd.agent_for(smd.checked(Settings(**runs.read_config(out, Settings), device="cpu")))
-    runs.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
+    files.restore(out / "checkpoint.pt", smd.Policy(agent.model, agent.s))
     examples = agent.task.held_out(count)
     texts = agent.respond(examples, 1, True, torch.arange(count))[1]
     rewards = [judge(e.prompt, text, e.answer) for e, text in zip(examples, texts, strict=True)]
@@ -415,3 +399,79 @@ def test_9_a_short_run_learns_and_shuffled_rewards_do_not(tmp_path, monkeypatch)
     assert learned - base > 3 * math.hypot(se, se_learned), f"{base:.3f} -> {learned:.3f}"
     # what is learned from noise is a random walk, which the standard error of an evaluation does not know
     assert abs(lost - base) < (learned - base) / 5, f"control: {base:.3f} -> {lost:.3f}, and not {learned:.3f}"
+
+
+def test_a_checkpoint_with_a_bit_flipped_is_refused(tmp_path):
+    """torch.load took 182 of 200, and the run went on with other weights."""
+    smd.train(tiny(tmp_path, steps=1))
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    for bit in (generator.randrange(8 * len(whole)) for _ in range(200)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(cli.UsageError, match=r"is missing or damaged .* its checksum is wrong"):
+            files.restore(path, torch.nn.Linear(1, 1))
+
+
+def test_a_log_is_that_of_its_checkpoint_whatever_became_of_the_file(tmp_path):
+    smd.train(tiny(tmp_path, "whole"))
+    smd.train(tiny(tmp_path, steps=4))
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff{")
+    smd.train(tiny(tmp_path, resume=True))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no limit there")
+@pytest.mark.parametrize("limit", [0, 700, 90_000, 110_000])
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(limit, tmp_path):
+    """torch.save makes a RuntimeError of it, "enforce fail"."""
+    path = tmp_path / "checkpoint.pt"
+    files.save(path, dict(weights=dict(a=torch.ones(3))))
+    kept = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(cli.UsageError, match=r"checkpoint.pt cannot be written: File too large; make room"):
+            files.save(path, dict(weights=dict(a=torch.ones(40_000))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == kept and list(tmp_path.iterdir()) == [path]
+
+
+def reward_at_step_3(tmp_path, act):
+    """Train with a reward that does something else once, in step 3; the checkpoint is of step 2."""
+    calls = []
+
+    def reward(prompt, response, answer):
+        calls.append(response)
+        if len(calls) == 1 + 16 * 2 + 5:
+            act()
+        return float(len(response))
+
+    smd.train(tiny(tmp_path), reward=reward)
+
+
+def test_a_reward_that_raises_is_named_with_its_step(tmp_path):
+    """Its traceback stays, and so does the checkpoint."""
+    with pytest.raises(ZeroDivisionError) as raised:
+        reward_at_step_3(tmp_path, lambda: 1 / 0)
+    by_reward, by_run = raised.value.__notes__
+    assert by_reward == "raised by the reward reward_at_step_3.<locals>.reward"
+    assert by_run == f"stopped at step 3; {tmp_path}/run/checkpoint.pt keeps the last good policy"
+    assert raised.traceback[-1].name == "<lambda>"
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_a_machine_without_memory_is_told_what_takes_less(tmp_path):
+    with pytest.raises(cli.UsageError) as raised:
+        reward_at_step_3(tmp_path, lambda: torch.empty(10**14))
+    assert "out of memory (RuntimeError" in str(raised.value) and "; stopped at step 3; " in str(raised.value)
+    assert "give fewer --prompts, --samples or --eval-prompts, or a larger --accumulate" in str(raised.value)
+
+
+def test_a_folder_that_is_deleted_while_its_run_goes_on_is_one_line(tmp_path):
+    with pytest.raises(cli.UsageError, match=r"metrics.jsonl cannot be written: No such file or directory"):
+        reward_at_step_3(tmp_path, lambda: shutil.rmtree(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
