@@ -839,7 +839,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     optimizer = policy.optimizer(s.lr)
     with run:
         if not run.resume(policy, optimizer):
-            base.load_base(agent, run.fingerprint)
+            base.load_base(agent)
             if policy.reference is not None:
                 policy.reference.load_state_dict(agent.model.state_dict())
             run.start(agent.evaluate(), policy, optimizer)

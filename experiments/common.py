@@ -65,13 +65,13 @@ def base_path(given: dict) -> Path | None:
     s = smd.checked(smd.Settings(**given))
     if s.model is not None and s.warmup_steps == 0:
         return None
-    return base.base_path(smd.agent_for(s), runs.fingerprint(s))
+    return base.base_path(s)
 
 
 def make_base(given: dict) -> None:
     agent = smd.agent_for(smd.checked(smd.Settings(**given)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base.load_base(agent, runs.fingerprint(agent.s))
+        base.load_base(agent)
 
 
 def named(*words) -> str:

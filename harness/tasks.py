@@ -23,10 +23,10 @@ class Example(NamedTuple):
 
 
 class Task(Protocol):
-    """What a run asks of a task, which is made from the settings: `TASKS[name](settings)`."""
+    """What a run asks of a task, which is made as `TASKS[name](settings)`; a subclass inherits what has a default."""
 
     examples: list[Example]  # whose lengths are checked: all, or one where all have the same lengths
-    lessons: Sequence[int]  # easier versions of the task, not 0, which the warm-up goes through first
+    lessons: Sequence[int] = ()  # easier versions of the task, not 0, which the warm-up goes through first
     batch: int  # examples in a supervised step of the warm-up
 
     @staticmethod
@@ -38,9 +38,11 @@ class Task(Protocol):
 
     def demonstrate(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
         """Examples of a lesson or, with None, of the task itself, as the supervised steps of the warm-up see them."""
+        return self.draw(count, rng)
 
     def held_out(self, count: int) -> list[Example]:
         """The examples of the evaluation, at most so many and always the same."""
+        return self.draw(count, numpy_stream(0, EVALUATION))
 
     def right(self, response: str, answer: str) -> bool:
         """What accuracy counts."""
@@ -99,7 +101,7 @@ def check_reward(reward: Callable, example: Example) -> None:
         raise UsageError(f"the reward must be a function reward(prompt, response, answer) -> float: {e}") from e
 
 
-class Chain:
+class Chain(Task):
     """Follow a cycle whose edges are listed in random order: "afbc…?c" asks for the letters that come after c.
 
     Multi-hop retrieval, the small version of RULER's variable tracking: which edge a hop needs is known only after the
@@ -143,9 +145,6 @@ class Chain:
             return [self.example(rng, self.LETTERS, self.hops, self.SLIP) for _ in range(count)]
         return [self.example(rng, lesson, lesson - 1, slip=0.0) for _ in range(count)]
 
-    def held_out(self, count: int) -> list[Example]:
-        return self.draw(count, numpy_stream(0, EVALUATION))
-
     def reward(self, prompt: str, response: str, answer: str) -> float:
         """Half for the share of right letters, half for all of them and nothing more."""
         share = sum(r == a for r, a in zip(response.strip(), answer, strict=False)) / len(answer)
@@ -155,7 +154,7 @@ class Chain:
         return same_text(response, answer)
 
 
-class Facts:
+class Facts(Task):
     """Look up the codes of some things in a list: "The code of apple is 61. … What is the code of river?".
 
     Retrieval for a pretrained model: which of the facts will be needed is said only at the end of the prompt.
@@ -166,7 +165,6 @@ class Facts:
         "chair", "ocean", "garden", "window", "candle", "mountain", "bridge", "lantern",
     )  # fmt: skip
     batch = 8
-    lessons = ()
 
     def __init__(self, settings):
         require(settings.data is None, f"--task facts reads no file, got --data {settings.data}")
@@ -199,12 +197,6 @@ class Facts:
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.example(rng) for _ in range(count)]
 
-    def demonstrate(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
-        return self.draw(count, rng)
-
-    def held_out(self, count: int) -> list[Example]:
-        return self.draw(count, numpy_stream(0, EVALUATION))
-
     def numbers(self, text: str) -> list[str]:
         return re.findall(r"[0-9]+", text)[: self.asked]
 
@@ -226,13 +218,9 @@ def enumerated(words: list[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-FEW = 10  # held-out examples: of fewer, the start of a run says how coarse the accuracy is
-
-
-class TextFile:
+class TextFile(Task):
     """The examples of a JSONL file, the last 10 % of them held out. Reward 1 for a right answer, else 0."""
 
-    lessons = ()
     batch = 8
 
     def __init__(self, settings):
@@ -241,18 +229,19 @@ class TextFile:
         # where there is no chat around it, a line of its own is what tells GSM8K's question from the answer
         self.examples = read_jsonl(path, "\n" if settings.model is None else "")
         self.right = REWARDS[settings.reward]
-        for example in self.examples if settings.reward == "number" else ():
-            known = last_number(example.answer) is not None
-            require(known, f"{example.where}--reward number cannot read a number in the answer {example.answer[:40]!r}")
+        for _, answer, _, where in self.examples if settings.reward == "number" else ():
+            unread = last_number(answer) is None
+            require(not unread, f"{where}--reward number cannot read a number in the answer {answer[:40]!r}")
         count = len(self.examples)
         require(count >= 2, f"{path}: want at least 2 examples, one of them to hold out, got {count}")
         held = max(1, count // 10)
         self.train = self.examples[:-held]
         self.test = self.examples[-held:]
-        repeated = len({example.prompt for example in self.train} & {example.prompt for example in self.test})
+        trained_on = {example.prompt for example in self.train}
+        repeated = sum(example.prompt in trained_on for example in self.test)
         said = f"{path}: {count - held} examples to train on, {held} held out"
         said += f", of which {repeated} repeat a prompt to train on" if repeated else ""
-        said += f"; one of them is {1 / held:.0%} of the accuracy" if held < FEW else ""
+        said += f"; one of them is {1 / held:.0%} of the accuracy" if held < 10 else ""
         parallel.say(said)
 
     @staticmethod
@@ -262,9 +251,6 @@ class TextFile:
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.train[i] for i in rng.choice(len(self.train), count, replace=count > len(self.train))]
-
-    def demonstrate(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
-        return self.draw(count, rng)
 
     def held_out(self, count: int) -> list[Example]:
         return self.test[:count]
