@@ -69,16 +69,19 @@ class WarmUp:
     """The supervised steps of an agent's model on its task."""
 
     def __init__(self, agent):
-        self.agent, self.model, self.taken = agent, agent.model, 0
+        self.agent = agent
+        self.model = agent.model
+        self.taken = 0
         fresh = agent.source is None
-        self.rate, self.rising = (LEARNING_RATE, RISING) if fresh else (PRETRAINED_RATE, PRETRAINED_RISING)
-        self.optimizers, rest = [], dict(self.model.named_parameters())
-        if fresh:
-            # Muon for the matrices of the layers: they learn retrieval in half the steps that AdamW takes
-            names = [name for name, weight in rest.items() if name.startswith("layers") and weight.ndim == 2]
-            options = dict(weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            self.optimizers.append(torch.optim.Muon([rest.pop(name) for name in names], self.rate, **options))
-        self.optimizers.append(torch.optim.AdamW(rest.values(), self.rate, betas=(0.9, 0.95), weight_decay=0.0))
+        self.rate = LEARNING_RATE if fresh else PRETRAINED_RATE
+        self.rising = RISING if fresh else PRETRAINED_RISING
+        rest = dict(self.model.named_parameters())
+        # Muon for the matrices in the layers of a fresh model: they learn retrieval in half the steps that AdamW takes
+        names = [name for name, weight in rest.items() if fresh and name.startswith("layers") and weight.ndim == 2]
+        matrices = [rest.pop(name) for name in names]
+        self.optimizers = [torch.optim.AdamW(rest.values(), betas=(0.9, 0.95), weight_decay=0.0)]
+        if matrices:
+            self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
 
     def loss(self, lesson: int | None, step: int) -> tuple[Tensor, float]:
         """Of one batch: the mean over its tokens, and the mean probability of a whole right answer."""

@@ -395,13 +395,13 @@ def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
 
     # the rate of both optimizers rises over 50 steps and follows `down`; matrices of the layers are Muon's
     warm_up = base.WarmUp(agent)
-    muon, adamw = ([p for p in o.param_groups[0]["params"]] for o in warm_up.optimizers)
+    adamw, muon = ([p for p in o.param_groups[0]["params"]] for o in warm_up.optimizers)
     in_layers = {id(p) for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2}
     assert {id(p) for p in muon} == in_layers
     assert len(muon) + len(adamw) == len(list(model.parameters()))
     assert all(o.param_groups[0]["weight_decay"] == 0.0 for o in warm_up.optimizers)
-    assert warm_up.optimizers[1].param_groups[0]["betas"] == (0.9, 0.95)
-    assert warm_up.optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+    assert warm_up.optimizers[0].param_groups[0]["betas"] == (0.9, 0.95)
+    assert warm_up.optimizers[1].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
     for n, down in enumerate((1.0, 2.0, 0.01), start=1):
         warm_up.learn((model.norm.weight * 100).sum(), down)
         assert [o.param_groups[0]["lr"] for o in warm_up.optimizers] == pytest.approx([3e-3 * min(n / 50, down)] * 2)
