@@ -5,12 +5,13 @@
     backward:  δ_i = do_i · out_i        ds_ij = p_ij (do_i · v_j - δ_i)
                dq_i = Σ_j ds_ij k_j / √D     dk_j = Σ_i ds_ij q_i / √D     dv_j = Σ_i p_ij do_i     over visible pairs
 
-Eviction is permanent, so one integer describes the life of a key, and no T×T mask outlives an attention call.
-`attention_torch` is the definition. `attention_triton` does the same in tiles of M queries by N keys, as FlashAttention
-does (2205.14135, 2307.08691), and visits only the tiles that may hold a visible pair. Softmax does not care about the
-order of the keys, so they are sorted first: by the epoch in which they die, latest first, then by position. Below, keys
-a to p stand at positions 0 to 15, and of a to l only b, e, g and l survive an eviction at 12. Tiles are 4 by 4, and a
-row shows the last query of a block. # is a visible key, and . is a hidden key in a tile that the block visits:
+Eviction is permanent, so one integer per key describes the mask, and no T×T mask outlives an attention call.
+`attention_torch` is the definition. `attention_triton` computes the same in tiles of M queries by N keys, as
+FlashAttention does (2205.14135, 2307.08691), and visits only the tiles that may hold a visible pair. Softmax does not
+depend on the order of the keys, so the kernels sort them first: by the epoch of their eviction, latest first, then by
+position. Below, keys a to p stand at positions 0 to 15. Of the keys a to l, only b, e, g and l survive an eviction at
+12. Tiles are 4 by 4, and a row shows the last query of a block. # is a visible key, and . is a hidden key in a tile
+that the block visits:
 
                in position order                    sorted
     key        a b c d | e f g h | i j k l | m n o p   b e g l | m n o p | a c d f | h i j k
@@ -19,22 +20,23 @@ row shows the last query of a block. # is a visible key, and . is a hidden key i
     query 11   # # # # | # # # # | # # # # |           # # # # |         | # # # # | # # # #
     query 15   . # . . | # . # . | . . . # | # # # #   # # # # | # # # # |         |
 
-In position order the last block visits all four tiles, sorted it visits two: survivors stand together. The length of an
-epoch, 512 positions, is a compromise. A tile is visited from the birth of its first key to the death of its last. Under
-rolling eviction, keys that die together were born far apart. With short epochs, a tile therefore waits long for most of
-its keys to be born. With long epochs, it is visited long after most of its keys have died.
+In position order the last block visits all four tiles. Sorted, it visits two, because the surviving keys share a tile.
+The length of an epoch, 512 positions, is a compromise. A tile is visited from the position of its first key until the
+eviction of its last key. Under rolling eviction, keys that are evicted together stand far apart. With short epochs, a
+tile therefore mixes distant positions and is visited long before most of its keys are visible. With long epochs, it is
+visited long after most of its keys are evicted.
 
     python kernel.py          checks the kernels against the definition; on a CPU under Triton's interpreter
 
 Letters: B sequences, H query and G kv heads, Tq queries, Tk keys, D head dim, I blocks of M queries, J tiles of N keys,
-K keys in all tiles, L layers, U rows of a record that may differ from each other.
+K keys in all tiles, L layers, U distinct rows of a mask.
 """
 
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,222 +56,221 @@ except ImportError:  # there is no triton outside Linux; the plain version runs 
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: kernel
 
 NEVER = 2**31 - 1  # evicted_at of a key that is never evicted; padding has 0
-EPOCH = 512  # positions; deaths in the same epoch are sorted as if they were one
+EPOCH = 512  # positions; evictions in the same epoch count as simultaneous when keys are sorted
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PAIRS = 2**19  # of a block and a tile, looked at at once
-STAGES = 3  # tiles in shared memory: while one is at work, the next is on its way
-ALL_REGISTERS = 255  # that a thread can have; told no number, the compiler may spill a few to fit one block more
-LIMIT = 16  # units of rounding by which the kernels may differ from the definition
-# in which the plain version adds up. In float64, float32 results do not depend on the order or the number of the hidden
-# keys, and a learner with the whole sequence before it reproduces the sampler's small cache to the bit; but most GPUs
-# do it at 1/64 of the rate of float32
-SUMS = {"cpu": torch.float64, "cuda": torch.float32}
-Shared = tuple[Tensor, Tensor] | None  # keys and values (N, G, P, D) of prompts, each read by all samples of its prompt
+PAIRS = 2**19  # block-tile pairs that are tested per chunk
+STAGES = 3  # software pipelining: tiles of K and V in shared memory at a time
+ALL_REGISTERS = 255  # registers per thread; without an explicit limit the compiler may spill to raise the occupancy
+LIMIT = 16  # units of rounding by which the kernels may differ from the definition in float64
 
 
-def products(q: Tensor, k: Tensor, shared_k: Tensor) -> Tensor:
-    """Of queries (B, H, Tq, D) with their prompts' P keys, then their own Tk: (N, G, S, H/G, Tq, P + Tk), S = B/N."""
-    (B, H, Tq, D), (N, G, P, _) = q.shape, shared_k.shape
-    S, M = B // max(N, 1), H // G
-    rows = q.reshape(B, G, M * Tq, D)
-    own = (rows @ k.transpose(-1, -2)).reshape(N, S, G, M, Tq, k.shape[2]).transpose(1, 2)
-    # the rows of a prompt's samples in one product, which reads its keys once
-    rows = rows.unflatten(0, (N, S)).transpose(1, 2).reshape(N, G, S * M * Tq, D)
-    return torch.cat(((rows @ shared_k.transpose(-1, -2)).reshape(N, G, S, M, Tq, P), own), dim=-1)
+def accumulation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which the plain version computes: float64 on a CPU, else float32 or better.
 
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, shared: Shared = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention without the hidden pairs (B, G, Tq, P + Tk); a row needs a pair that is not hidden.
-
-    Returns the output (B, H, Tq, D), and the weights in the shape of `products`.
+    In float64, float32 results do not depend on the order or the number of the hidden keys, so a learner that has the
+    whole sequence reproduces the sampler's small cache to the bit. Most GPUs run float64 at 1/64 of float32's rate.
     """
-    sums = torch.promote_types(q.dtype, SUMS[q.device.type])
-    q, k, v, shared_k, shared_v = (x.to(sums) for x in (q, k, v, *(shared or (k[:, :, :0], v[:, :, :0]))))
-    with torch.autocast(q.device.type, enabled=False):  # it would round what the products are made of to bfloat16
-        score = products(q, k, shared_k).mul_(q.shape[-1] ** -0.5)
-        N, G, S, M, Tq, _ = score.shape
-        P, Tk = shared_k.shape[2], k.shape[2]
-        hidden = hidden.unflatten(0, (N, S)).transpose(1, 2)[:, :, :, None]
-        # a finite floor instead of -inf, which gives NaN where a row sees nothing
-        weight = score.masked_fill_(hidden, torch.finfo(score.dtype).min).softmax(dim=-1)
-        on_shared, on_own = weight.split((P, Tk), dim=-1)
-        of_shared = on_shared.reshape(N, G, S * M * Tq, P) @ shared_v
-        of_own = on_own.transpose(1, 2).reshape(N * S, G, M * Tq, Tk) @ v
-        out = of_shared.unflatten(2, (S, M * Tq)).transpose(1, 2) + of_own.unflatten(0, (N, S))
-    return out.reshape(q.shape), weight
+    return torch.promote_types(dtype, torch.float64 if device.type == "cpu" else torch.float32)
 
 
-class Layer(NamedTuple):
-    """One layer of a `Record`."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention without the hidden pairs (B, G, Tq, Tk); each query needs a visible key.
 
-    evicted_at: Tensor  # (B, G, P + Tk) int32
-    tiles: Callable  # (q_start, Tq, blocks) -> `Tiles`; only the kernels ask for them
+    Returns the output (B, H, Tq, D) and the attention weights (B, G, H/G, Tq, Tk), both in `accumulation_dtype`.
+    """
+    (B, H, Tq, D), (G, Tk) = q.shape, k.shape[1:3]
+    q, k, v = (x.to(accumulation_dtype(x.dtype, x.device)) for x in (q, k, v))
+    # autocast would round the inputs of these products to bfloat16
+    with torch.autocast(q.device.type, enabled=False):
+        q_rows = (q * D**-0.5).reshape(B, G, H // G * Tq, D)  # the query heads of a group read the same keys
+        score = (q_rows @ k.transpose(-1, -2)).view(B, G, H // G, Tq, Tk)
+        # a finite minimum, because -inf gives NaN where a query sees nothing
+        weight = score.masked_fill_(hidden[:, :, None], torch.finfo(score.dtype).min).softmax(dim=-1)
+        out = weight.flatten(2, 3) @ v
+    return out.reshape(B, H, Tq, D), weight
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int, shared: Shared = None) -> Tensor:
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, mask: "LayerMask", q_start: int) -> Tensor:
     """The definition, in plain PyTorch: `shadow_attention` without its checks."""
     i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
-    j = torch.arange(layer.evicted_at.shape[2], device=q.device)
-    hidden = (j > i) | (i >= layer.evicted_at[:, :, None, :])  # [B, G, Tq, P + Tk]
-    # the backward pass makes weights and float64 copies again: kept for all layers, they were most of its memory
-    out, _ = checkpoint(masked_attention, q, k, v, hidden, shared, use_reentrant=False, preserve_rng_state=False)
-    # a row that sees nothing gives zeros and zero gradients
-    blind = hidden.all(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    j = torch.arange(k.shape[2], device=q.device)
+    visible = (j <= i) & (i < mask.evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
+    # the backward pass recomputes weights and float64 copies: stored for all layers, they were most of its memory
+    inputs = q, k, v, ~visible
+    out, _ = checkpoint(masked_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
+    # a query that sees nothing gives zeros and zero gradients
+    blind = ~visible.any(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return out.masked_fill(blind[..., None], 0).to(q.dtype)
 
 
 class Blocks(NamedTuple):
     M: int  # queries in a block
     N: int  # keys in a tile
-    R: int  # queries in a slice of a block, for the gradient of the keys, which keeps two sums in registers, not one
+    R: int  # queries in a slice of a block, for the key gradient, which keeps two accumulators in registers, not one
     num_warps: int
-    registers: int = ALL_REGISTERS  # that a thread may have in the other two kernels
+    registers: int = ALL_REGISTERS  # per thread, in the other two kernels
 
 
-def block_sizes(dtype: torch.dtype, D: int, room: int) -> Blocks:
-    """The largest blocks that fit registers, and the `room` bytes of shared memory that the GPU has for a block."""
-    roomy = room > 200_000
-    if dtype == torch.float32:  # true float32 has no tensor cores: what they would do takes many more registers
+def block_sizes(dtype: torch.dtype, D: int, shared_memory: int) -> Blocks:
+    """The largest blocks that fit the registers and the bytes of shared memory that a block may use."""
+    large = shared_memory > 200_000
+    if dtype == torch.float32:  # true float32 has no tensor cores and needs more registers
         return Blocks(32, 32, 32, 4) if D <= 64 else Blocks(16, 32, 16, 8)
     if D <= 64:
-        # with half of all registers each, a multiprocessor works on two blocks: one computes while the other waits
-        return Blocks(128, 64, 64, 8, 128) if roomy else Blocks(128, 64, 32, 8)
-    # tiles of 64 keys take 107,520 bytes, which GPUs for graphics do not have
-    return Blocks(128 if roomy else 64, 64 if room > 110_000 else 32, 64, 8)
+        # half of the registers each: a multiprocessor runs two blocks, one computes while the other waits for memory
+        return Blocks(128, 64, 64, 8, 128) if large else Blocks(128, 64, 32, 8)
+    # tiles of 64 keys take 107,520 bytes, more than GPUs for graphics have
+    return Blocks(128 if large else 64, 64 if shared_memory > 110_000 else 32, 64, 8)
 
 
-class Lists(NamedTuple):
-    """The tiles of each block, or the blocks of each tile, one after another in one vector, the rest left out."""
+class TileLists(NamedTuple):
+    """The tiles that each block visits, or the blocks that each tile is visited by, in CSR form."""
 
-    index: Tensor  # int32, in each: those visible in full, then those in part; one more at the end, for who looks ahead
-    bounds: Tensor  # int64 (U·I, 3) or (U·J, 3): where the first kind begins, where the second does, and where it ends
+    index: Tensor  # int32; per row first the fully visible, then the partly visible; one more at the end (prefetched)
+    bounds: Tensor  # int64 (U·I, 3) or (U·J, 3): start of the full ones, start of the partial ones, end
 
 
 class Tiles(NamedTuple):
-    """What a record makes of the T×T square: the order of the keys, and the tiles that may hold a visible pair."""
+    """The sorted keys of a mask, and the tiles that may hold a visible pair."""
 
     blocks: Blocks
     q_start: int
-    row_BG: Tensor  # int64, which of the U rows belongs to each head
-    order_UK: Tensor  # int64, position of the key at each sorted place
-    born_UK: Tensor  # int32, the first query that may see the key; NEVER where no query does
-    dies_UK: Tensor  # int32, the first that no longer does
-    by_block: Lists
-    by_tile: Lists
+    row_BG: Tensor  # int64, the row among the U distinct rows that belongs to each head
+    order_UK: Tensor  # int64, position of the key in each sorted slot
+    first_query_UK: Tensor  # int32, the first query that sees the key; NEVER where none does
+    evicted_at_UK: Tensor  # int32, the first query that no longer sees it
+    by_block: TileLists
+    by_tile: TileLists
 
 
-def visibility(first: Tensor, last: Tensor, born: Tensor, all_born: Tensor, dies: Tensor, all_dead: Tensor) -> Tensor:
-    """Whether blocks of queries first to last see tiles in full, and whether perhaps in part: (rows, 2, columns)."""
-    full = (all_born <= first) & (last < dies)
-    some = (born <= last) & (first < all_dead)
+def tile_visibility(queries_2: Tensor, first_query_2: Tensor, evicted_at_2: Tensor) -> Tensor:
+    """Whether blocks see tiles in full, and whether possibly in part: (rows, 2, columns).
+
+    queries_2: first and last query of each block; the others: least and largest value in each tile.
+    """
+    first, last = queries_2
+    full = (first_query_2[1] <= first) & (last < evicted_at_2[0])
+    some = (first_query_2[0] <= last) & (first < evicted_at_2[1])
     return torch.stack((full, some & ~full), dim=1)
 
 
-def listed(row_X: Tensor, columns: int, seen: Callable) -> Lists:
-    """What each of the rows numbered row_X sees of the columns; `seen` gives the `visibility` of some of them."""
+def tile_lists(row_X: Tensor, columns: int, seen: Callable) -> TileLists:
+    """CSR lists of the rows numbered row_X; seen(rows) gives their `tile_visibility`."""
     index, count = [], []
-    # some at a time: then memory grows with what is listed, not with all pairs
-    for x in row_X.split(max(1, PAIRS // max(1, columns))):
-        seen_x2y = seen(x)
+    # in chunks, so that memory follows the length of the lists and not the number of all pairs
+    for row_x in row_X.split(max(1, PAIRS // max(1, columns))):
+        seen_x2y = seen(row_x)
         index.append(seen_x2y.flatten(0, 1).nonzero()[:, 1].int())
         count.append(seen_x2y.sum(dim=-1))
     count_X2 = torch.cat(count)
     end_X2 = count_X2.flatten().cumsum(0).view_as(count_X2)
-    one_more = row_X.new_zeros(1, dtype=torch.int32)
-    return Lists(torch.cat((*index, one_more)), torch.cat((end_X2[:, :1] - count_X2[:, :1], end_X2), dim=1))
+    sentinel = row_X.new_zeros(1, dtype=torch.int32)
+    return TileLists(torch.cat((*index, sentinel)), torch.cat((end_X2[:, :1] - count_X2[:, :1], end_X2), dim=1))
 
 
-def list_tiles(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
-    """Sort the keys of evicted_at (B, G, Tk) and list the tiles that Tq queries from q_start on have to visit."""
-    B, G, Tk = evicted_at.shape
+def list_tiles(evicted_at_UT: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> Tiles:
+    """Sort the keys of each row (U, Tk) and list the tiles that Tq queries from q_start on have to visit."""
+    Tk = evicted_at_UT.shape[1]
     last = q_start + Tq - 1
-    # the last tile is filled up with copies of the last key that no query sees
-    evicted_at_UK = F.pad(evicted_at.flatten(0, 1), (0, -Tk % blocks.N))
+    # the last tile is filled up with keys that no query sees
+    evicted_at_UK = F.pad(evicted_at_UT, (0, -Tk % blocks.N))
     U, K = evicted_at_UK.shape
-    j = torch.arange(K, device=evicted_at.device)
-    first_query = j.clamp(min=q_start)  # that could see the key
-    unseen_UK = (evicted_at_UK <= first_query) | (j > last)
+    j = torch.arange(K, device=evicted_at_UT.device)
+    unseen_UK = (evicted_at_UK <= j.clamp(min=q_start)) | (j > last)
     order_UK = j.expand(U, K)
     if epoch is not None:
-        # latest first, keys that no query sees last; a stable sort leaves each epoch in the order of positions
+        # latest first, keys that no query sees last; the stable sort keeps the order of positions within an epoch
         epoch_UK = ((evicted_at_UK - 1) // epoch).masked_fill(unseen_UK, -1)
         order_UK = epoch_UK.argsort(dim=-1, descending=True, stable=True)
-    born_UK = torch.where(unseen_UK, NEVER, j).int().gather(-1, order_UK)
-    dies_UK = evicted_at_UK.masked_fill(unseen_UK, 0).gather(-1, order_UK)
-    # of the keys in each tile, the first and the last to be born and to die
-    (born, all_born), (dies, all_dead) = (x.unflatten(-1, (-1, blocks.N)).aminmax(dim=-1) for x in (born_UK, dies_UK))
-    life_4UJ = torch.stack((born, all_born, dies, all_dead))
+    first_query_UK = torch.where(unseen_UK, NEVER, j).int().gather(-1, order_UK)
+    evicted_at_UK = evicted_at_UK.masked_fill(unseen_UK, 0).gather(-1, order_UK)
+    # least and largest value in each tile
+    first_2UJ, evicted_2UJ = (
+        torch.stack(x_UK.unflatten(-1, (-1, blocks.N)).aminmax(dim=-1)) for x_UK in (first_query_UK, evicted_at_UK)
+    )
     first_I = q_start + torch.arange(0, Tq, blocks.M, device=j.device)
-    time_2I = torch.stack((first_I, (first_I + blocks.M - 1).clamp(max=last)))
+    queries_2I = torch.stack((first_I, (first_I + blocks.M - 1).clamp(max=last)))
     I, J = len(first_I), K // blocks.N
-    block_X, tile_X = (torch.arange(U * number, device=j.device) for number in (I, J))
-    by_block = listed(block_X, J, lambda x: visibility(*time_2I[:, x % I, None], *life_4UJ[:, x // I]))
-    by_tile = listed(tile_X, I, lambda x: visibility(*time_2I, *life_4UJ.flatten(1)[:, x, None]))
-    row_BG = torch.arange(U, device=j.device).view(B, G)
-    return Tiles(blocks, q_start, row_BG, order_UK.clamp(max=Tk - 1), born_UK, dies_UK, by_block, by_tile)
+
+    def tiles_of(x: Tensor) -> Tensor:  # blocks x, counted over all rows, against all tiles of their row
+        return tile_visibility(queries_2I[:, x % I, None], first_2UJ[:, x // I], evicted_2UJ[:, x // I])
+
+    def blocks_of(x: Tensor) -> Tensor:  # tiles x, counted over all rows, against all blocks
+        return tile_visibility(queries_2I, first_2UJ.flatten(1)[:, x, None], evicted_2UJ.flatten(1)[:, x, None])
+
+    by_block = tile_lists(torch.arange(U * I, device=j.device), J, tiles_of)
+    by_tile = tile_lists(torch.arange(U * J, device=j.device), I, blocks_of)
+    row_BG = torch.arange(U, device=j.device)[:, None]
+    keys = order_UK.clamp(max=max(0, Tk - 1)), first_query_UK, evicted_at_UK
+    return Tiles(blocks, q_start, row_BG, *keys, by_block, by_tile)
 
 
-class Record:
-    """When the keys of all layers are evicted, int32 (L, B, G, Tk): `shadow_attention` takes record[l] in layer l.
+class ShadowMask:
+    """evicted_at of all layers, int32 (L, B, G, T): mask[l] is the mask of layer l, as `shadow_attention` takes it.
 
-    The tiles of all layers are listed together, when the first layer asks for them. Where a view repeats its rows, in
-    dimensions of stride 0, they are listed once. Given several records, the sequences of each of the N `prompts` come
-    under the first of them, then under the second, and so on.
+    The tiles of all layers are listed together, when the first layer needs them. Rows that a view repeats (dimensions
+    of stride 0) are listed once.
     """
 
-    def __init__(self, *records_LBGT: Tensor, prompts: int = 1):
-        rows, numbers = [], []
-        for record in records_LBGT:
-            once = record[tuple(slice(1 if stride == 0 else None) for stride in record.stride()[:3])]
-            number = sum(map(len, rows)) + torch.arange(once[..., 0].numel(), device=record.device)
-            rows.append(once.flatten(0, 2))
-            numbers.append(number.view(once.shape[:3]).expand(record.shape[:3]).unflatten(1, (prompts, -1)))
-        self.evicted_at_UT = torch.cat(rows)
-        self.row_LBG = torch.cat(numbers, dim=2).flatten(1, 2)
-        self.listed = {}  # by q_start, Tq and blocks, which may change from layer to layer with the type of the queries
+    def __init__(self, evicted_at_LBGT: Tensor):
+        distinct = tuple(slice(1 if stride == 0 else None) for stride in evicted_at_LBGT.stride()[:3])
+        rows = evicted_at_LBGT[distinct]
+        number = torch.arange(math.prod(rows.shape[:3]), device=rows.device).view(rows.shape[:3])
+        self.evicted_at_LBGT = evicted_at_LBGT
+        self.evicted_at_UT = rows.flatten(0, 2)
+        self.row_LBG = number.expand(evicted_at_LBGT.shape[:3]).contiguous()  # as the kernels index it
+        self.listed: dict[tuple, Tiles] = {}  # by q_start, Tq and blocks, which depend on the type of the queries
 
-    def __getitem__(self, l: int) -> Layer:
-        row_BG = self.row_LBG[l]
-        return Layer(self.evicted_at_UT[row_BG], partial(self.tiles, row_BG))
+    def __getitem__(self, l: int) -> "LayerMask":
+        return LayerMask(self, l)
 
-    def tiles(self, row_BG: Tensor, *asked) -> Tiles:
-        if asked not in self.listed:
-            self.listed[asked] = list_tiles(self.evicted_at_UT[:, None], *asked)
-        return self.listed[asked]._replace(row_BG=row_BG)
+    def tiles(self, l: int, *key) -> Tiles:
+        if key not in self.listed:
+            self.listed[key] = list_tiles(self.evicted_at_UT, *key)
+        return self.listed[key]._replace(row_BG=self.row_LBG[l])
+
+
+class LayerMask(NamedTuple):
+    mask: ShadowMask
+    l: int
+
+    @property
+    def evicted_at(self) -> Tensor:
+        """(B, G, T) int32."""
+        return self.mask.evicted_at_LBGT[self.l]
 
 
 @jit
-def visible(BORN, DIES, i, N: tl.constexpr):
-    """Pairs of queries i [M] and the N keys of a tile in which the query sees the key: [M, N]."""
+def visible(FIRST, EVICTED, i, N: tl.constexpr):
+    """Whether queries i [M] see the N keys of a tile: [M, N]."""
     n = tl.arange(0, N)
-    return (tl.load(BORN + n)[None, :] <= i[:, None]) & (i[:, None] < tl.load(DIES + n)[None, :])
+    return (tl.load(FIRST + n)[None, :] <= i[:, None]) & (i[:, None] < tl.load(EVICTED + n)[None, :])
 
 
-# In this and the next two kernels: tensors are contiguous, K and V in sorted order; scores are in units of log 2, since
-# exp2 is what the hardware has, so SCALE is log2(e)/√D; offsets between heads are 64-bit scalars, those within one
-# 32-bit. `shared` is H/G, the number of query heads that share a kv head. The grid is heads by blocks, or by tiles.
-# K and V lie by kv heads, lists and lives of keys by rows of the record, of which ROW tells each head its own.
-# A turn of a loop loads the index for the next turn. Only where the index is there when a turn begins does the compiler
-# load a tile ahead, while another is at work.
+# The three kernels. Tensors are contiguous, K and V in sorted order. Scores are in units of log 2, because exp2 is the
+# hardware's instruction: SCALE is log2(e)/√D. Offsets between heads are 64-bit scalars, those within a head 32-bit.
+# `group` is H/G, the number of query heads per kv head. The grid is heads by blocks, or heads by tiles. K and V are
+# indexed by kv head, the tile lists by row of the mask; ROW maps the first to the second.
+# Each turn of a loop loads the tile index of the next turn: only then does the compiler prefetch that tile.
 @jit
-def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
-                   SCALE, q_start, shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
+                   SCALE, q_start, group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
     bh = tl.program_id(0).to(tl.int64)
-    bg = bh // shared
-    # the longest rows first, so that no long one is left over when the others are done
+    bg = bh // group
+    # the blocks with most tiles start first, so that none of them runs alone at the end
     block = I - 1 - tl.program_id(1)
     row = block * M + tl.arange(0, M)
     inside = row[:, None] < Tq
     at = row[:, None] * D + tl.arange(0, D)
     at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]
-    top = tl.full([M], -3e38, tl.float32)  # largest score so far; finite: a row that sees nothing subtracts it
+    top = tl.full([M], -3e38, tl.float32)  # largest score so far; finite, because a row that sees nothing subtracts it
     total = tl.zeros([M], tl.float32)  # Σ exp2(score - top)
     out = tl.zeros([M, D], tl.float32)
     own = tl.load(ROW + bg)
     BOUNDS += (own * I + block) * 3
-    # first the tiles that are visible in full, then, with the mask, those that are visible in part
+    # first the fully visible tiles, then the partly visible ones, with the mask
     for masked in tl.static_range(2):
         begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
         tile = tl.load(INDEX + begin)
@@ -279,7 +280,7 @@ def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
             k = tl.load(K + first * D + at_key)  # [N, D]
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + life, DIES + life, q_start + row, N), score, -float("inf"))
+                score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
             new = tl.maximum(top, tl.max(score, 1))
             weight = tl.exp2(score - new[:, None])
             shrink = tl.exp2(top - new)
@@ -287,17 +288,17 @@ def forward_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE,
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             total = total * shrink + tl.sum(weight, 1)
             top = new
-    total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: out = 0
+    total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: out = 0
     tl.store(OUT + bh * Tq * D + at, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
     tl.store(LSE + bh * Tq + row, top + tl.log2(total), mask=row < Tq)
 
 
 @jit
-def query_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start,
-                          shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """One block of queries of one head: δ_i, for the next kernel, and dq_i."""
+def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start,
+                          group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """One block of queries of one head: dq_i, and δ_i for the next kernel."""
     bh = tl.program_id(0).to(tl.int64)
-    bg = bh // shared
+    bg = bh // group
     block = I - 1 - tl.program_id(1)
     row = block * M + tl.arange(0, M)
     inside = row[:, None] < Tq
@@ -322,7 +323,7 @@ def query_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE, DOU
             v = tl.load(V + first * D + at_key)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
             if masked:
-                score = tl.where(visible(BORN + life, DIES + life, q_start + row, N), score, -float("inf"))
+                score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
             p = tl.exp2(score - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -330,8 +331,8 @@ def query_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, OUT, LSE, DOU
 
 
 @jit
-def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start,
-                        shared, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+def key_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start,
+                        group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
                         R: tl.constexpr):  # fmt: skip
     """One tile of keys of one kv head: dk_j and dv_j over all query heads that share it; one writer, no atomics."""
     bg = tl.program_id(0).to(tl.int64)
@@ -341,17 +342,17 @@ def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELT
     at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
     k, v = tl.load(K + first * D + at_key), tl.load(V + first * D + at_key)  # [N, D]
     dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    own = tl.load(ROW + bg) * J + tl.program_id(1)  # the tile's number among those of all rows
-    BORN += own * N
-    DIES += own * N
+    own = tl.load(ROW + bg) * J + tl.program_id(1)  # index of the tile among the tiles of all rows
+    FIRST += own * N
+    EVICTED += own * N
     BOUNDS += own * 3
     slices: tl.constexpr = M // R  # of a block
-    for head in range(shared):
-        bh = bg * shared + head
+    for head in range(group):
+        bh = bg * group + head
         for masked in tl.static_range(2):
             begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
             block = tl.load(INDEX + begin)
-            # one loop over the slices of all blocks, because only the innermost loop loads ahead
+            # one loop over the slices of all blocks, because the compiler prefetches in the innermost loop only
             for step in range(begin * slices, end * slices):
                 start = block * M + tl.cast(step % slices, tl.int32) * R
                 block = tl.load(INDEX + (step + 1) // slices)
@@ -363,7 +364,7 @@ def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELT
                 delta = tl.load(DELTA + past + r, mask=inside, other=0.0)
                 score = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [N, R]
                 if masked:
-                    seen = tl.trans(visible(BORN, DIES, q_start + start + r, N))
+                    seen = tl.trans(visible(FIRST, EVICTED, q_start + start + r, N))
                     score = tl.where(seen, score, -float("inf"))
                 # rows past the end have p = 1 or 0, but do = δ = 0: they add nothing
                 p = tl.exp2(score - lse[None, :])
@@ -375,7 +376,7 @@ def key_gradient_kernel(Q, K, V, ROW, BORN, DIES, INDEX, BOUNDS, LSE, DOUT, DELT
 
 
 def compiled_with(kernel, blocks: Blocks, D: int) -> dict:
-    """The constants and the options that a kernel is compiled with."""
+    """Compile-time constants and options of a kernel."""
     M, N, R, num_warps, registers = blocks
     constants = dict(M=M, N=N, D=D, num_warps=num_warps, num_stages=STAGES, maxnreg=registers)
     return constants | dict(R=R, maxnreg=ALL_REGISTERS) if kernel is key_gradient_kernel else constants
@@ -386,7 +387,8 @@ def launch(kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others) -> No
     G, K = k.shape[1:3]
     I, J = triton.cdiv(Tq, tiles.blocks.M), K // tiles.blocks.N
     grid, lists = ((B * G, J), tiles.by_tile) if kernel is key_gradient_kernel else ((B * H, I), tiles.by_block)
-    args = q, k, v, tiles.row_BG, tiles.born_UK, tiles.dies_UK, *lists, *others, tiles.q_start, H // G, Tq, I, J
+    keys = tiles.first_query_UK, tiles.evicted_at_UK
+    args = q, k, v, tiles.row_BG, *keys, *lists, *others, tiles.q_start, H // G, Tq, I, J
     with torch.cuda.device_of(q):  # triton launches on the current device
         kernel[grid](*args, **compiled_with(kernel, tiles.blocks, D))
 
@@ -415,26 +417,23 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def tiles_for(q: Tensor, layer: Layer, q_start: int) -> Tiles:
+def tiles_for(q: Tensor, mask: LayerMask, q_start: int) -> Tiles:
     """The layer's tiles, in blocks that suit q's device and type and are no larger than the tensors."""
     Tq, D = q.shape[2:]
-    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 0
-    blocks = block_sizes(q.dtype, D, room)
+    shared_memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 0
+    blocks = block_sizes(q.dtype, D, shared_memory)
     # triton multiplies matrices of 16 rows or more, in powers of two
-    queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, layer.evicted_at.shape[2]))
+    queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, mask.evicted_at.shape[2]))
     M, N, R = min(blocks.M, queries), min(blocks.N, keys), min(blocks.R, queries)
-    return layer.tiles(q_start, Tq, blocks._replace(M=M, N=N, R=R))
+    return mask.mask.tiles(mask.l, q_start, Tq, blocks._replace(M=M, N=N, R=R))
 
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int, shared: Shared = None) -> Tensor:
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, mask: LayerMask, q_start: int) -> Tensor:
     """`attention_torch` at a cost that follows the visible pairs; accumulates in float32."""
     D = q.shape[-1]
     demand(q.dtype in DTYPES, f"backend 'triton' takes float32, bfloat16, float16, got {q.dtype}; take 'torch'")
     demand(D <= 128, f"backend 'triton' takes head dims up to 128, got {D}; take 'torch'")
-    if shared:  # for now the kernels know keys of single sequences only
-        repeated = (x.repeat_interleave(len(q) // len(x), dim=0) for x in shared)
-        k, v = (torch.cat(both, dim=2) for both in zip(repeated, (k, v), strict=True))
-    tiles = tiles_for(q, layer, q_start)
+    tiles = tiles_for(q, mask, q_start)
     order_BGK = tiles.order_UK[tiles.row_BG]
     k, v = (t.take_along_dim(order_BGK[..., None], dim=2) for t in (k, v))
     if pad := max(16, triton.next_power_of_2(D)) - D:
@@ -445,8 +444,8 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, layer: Layer, q_start: int
 BACKENDS = {"torch": attention_torch, "triton": attention_triton}
 
 
-def demand(holds: bool, message: str) -> None:
-    if not holds:
+def demand(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(message)
 
 
@@ -464,65 +463,67 @@ def backend_for(device: str, backend: str | None) -> str:
 
 
 def shadow_attention(
-    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor | Layer, q_start: int = 0, backend: str | None = None,
-    shared: Shared = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor | LayerMask, q_start: int = 0, backend: str | None = None
+) -> Tensor:
     """Softmax attention in which query i sees key j if j <= i < evicted_at[j].
 
-    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, P + Tk) int32, or a layer of a `Record`. shared: keys and
-    values (N, G, P, D) of prompts; sequence b reads those of prompt b // (B/N) before its own. Without it, P is 0. Key
-    j stands at position j, query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq,
-    D); a row that sees nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the best
-    one for q's device. Raises ValueError where shapes, types or devices do not fit together, or the backend cannot
-    take them.
+    q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, Tk) int32, or a layer of a `ShadowMask`. Key j stands at
+    position j, query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq, D); a query
+    that sees nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the default of q's
+    device. Raises ValueError where shapes, types or devices do not fit together, or the backend does not support them.
     """
-    layer = evicted_at
-    if isinstance(evicted_at, Tensor):
-        layer = Layer(evicted_at, partial(list_tiles, evicted_at))
-    evicted_at = layer.evicted_at
-    tensors = q, k, v, evicted_at, *(shared or ())
-    fits = [t.ndim for t in tensors] == [4, 4, 4, 3, 4, 4][: len(tensors)]
+    mask = ShadowMask(evicted_at[None])[0] if isinstance(evicted_at, Tensor) else evicted_at
+    tensors = q, k, v, mask.evicted_at
+    fits = [t.ndim for t in tensors] == [4, 4, 4, 3]
     if fits:
-        (B, H, Tq, D), (G, Tk), (N, P) = q.shape, k.shape[1:3], shared[0].shape[::2] if shared else (q.shape[0], 0)
-        want = (B, H, Tq, D), (B, G, Tk, D), (B, G, Tk, D), (B, G, P + Tk), (N, G, P, D), (N, G, P, D)
-        fits = tuple(tuple(t.shape) for t in tensors) == want[: len(tensors)] and N * (B // max(N, 1)) == B
+        (B, H, Tq, D), (G, Tk) = q.shape, k.shape[1:3]
+        fits = [tuple(t.shape) for t in tensors] == [(B, H, Tq, D), (B, G, Tk, D), (B, G, Tk, D), (B, G, Tk)]
     if not fits:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        letters = "(B, H, Tq, D), twice (B, G, Tk, D), (B, G, P + Tk), and of what is shared twice (N, G, P, D)"
-        raise ValueError(f"shapes do not fit: {shapes}; want {letters}")
+        raise ValueError(f"shapes do not fit: {shapes}; want (B, H, Tq, D), twice (B, G, Tk, D), and (B, G, Tk)")
     demand(G > 0 and H % G == 0, f"query heads must be a multiple of kv heads, got {H} and {G}")
-    demand(evicted_at.dtype == torch.int32, f"evicted_at must be int32, got {evicted_at.dtype}")
-    types = {t.dtype for t in tensors if t is not evicted_at}
+    demand(mask.evicted_at.dtype == torch.int32, f"evicted_at must be int32, got {mask.evicted_at.dtype}")
+    types = {t.dtype for t in (q, k, v)}
     one_type = len(types) == 1 and q.dtype.is_floating_point
     demand(one_type, f"queries, keys and values must be of one floating type, got {', '.join(map(str, types))}")
     devices = {t.device for t in tensors}
     demand(len(devices) == 1, f"tensors must be on one device, got {', '.join(map(str, devices))}")
     demand(q_start >= 0, f"q_start must be at least 0, got {q_start}")
-    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, layer, q_start, shared)
+    return BACKENDS[backend_for(q.device.type, backend)](q, k, v, mask, q_start)
 
 
 def check(device: str) -> dict[str, float]:
-    """Print the largest error of the kernels beside `attention_torch`, in units of rounding of the largest value."""
+    """Print the largest error of the kernels against the definition in float64, in units of rounding (eps)."""
     # under the interpreter the product of two bfloat16 matrices is wrong
     types, T = (DTYPES, 1000) if device == "cuda" else ((torch.float32, torch.float16), 100)
     P = T * 7 // 8
     torch.manual_seed(0)
-    # of the first P keys a random third survives an eviction at P
+    # a random third of the first P keys survives an eviction at P
     evicted = (torch.arange(T) < P) & (torch.rand(2, 2, T) > 1 / 3)
-    record = torch.where(evicted, P, NEVER).int().to(device)
+    evicted_at = torch.where(evicted, P, NEVER).int().to(device)
     errors = {}
     for dtype, D, q_start in itertools.product(types, (64, 128), (0, P)):
         shapes = (2, 4, T - q_start, D), (2, 2, T, D), (2, 2, T, D), (2, 4, T - q_start, D)
         *qkv, do = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
-        outs = [shadow_attention(*qkv, record, q_start, backend) for backend in ("triton", "torch")]
-        ours, theirs = ((out, *torch.autograd.grad(out, qkv, do)) for out in outs)
-        worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
+        exact = [x.detach().double().requires_grad_() for x in qkv]
+        out = shadow_attention(*qkv, evicted_at, q_start, "triton")
+        want = shadow_attention(*exact, evicted_at, q_start, "torch")
+        found = out, *torch.autograd.grad(out, qkv, do)
+        wanted = want, *torch.autograd.grad(want, exact, do.double())
+        worst = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(found, wanted, strict=True)]).max()
         name = f"{dtype}, D = {D}, q_start = {q_start}"
         errors[name] = worst.item() / torch.finfo(dtype).eps  # NaN if any is
         print(f"{name:39} error {errors[name]:4.1f} eps: {'ok' if errors[name] < LIMIT else 'WRONG'}")
     return errors
 
 
-if __name__ == "__main__":
+def main() -> int:
+    if triton is None:
+        print("kernel.py: nothing to check without the package triton, which is for Linux only", file=sys.stderr)
+        return 2
     errors = check("cuda" if torch.cuda.is_available() else "cpu")
-    raise SystemExit(not all(error < LIMIT for error in errors.values()))
+    return int(not all(error < LIMIT for error in errors.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

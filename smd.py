@@ -1,171 +1,117 @@
-"""Shadow Mask Distillation (arXiv 2605.06850): reinforcement learning with a sampler that forgets.
+"""Shadow Mask Distillation (arXiv 2605.06850): on-policy reinforcement learning with a compressed KV cache.
 
-The sampler decodes with a small KV cache and drops entries for good, so π_sparse answers under a context that shrinks.
-A learner that scores the answer under the full context follows the gradient of another policy. Here the sampler records
-the one integer that is each key's life, evicted_at, and the learner replays exactly what was seen:
+The sampler decodes with a small KV cache and evicts keys for good, so its policy π_sparse answers under a shrinking
+context. A learner that scores the answer under the full context follows the gradient of another policy. Here the
+sampler records one integer per key, evicted_at, and the learner applies exactly that mask:
 
     visible(i, j) = j <= i < evicted_at[j]                                   query i, key j
     loss = GRPO(π_shadow) + λ · KL(π_dense ‖ stop-gradient(π_shadow))        λ = 0.1
 
-π_shadow, the learner under that mask, equals π_sparse, so its policy gradient (track 1) is on-policy. It takes the
-choice of keys as given: which keys are kept jumps as the weights move, and the gradient says nothing about that choice.
-π_dense, the learner under the full causal mask, follows π_shadow (track 2), so that the trained model also serves with
-a full cache.
+π_shadow is the learner under this *shadow mask*. It equals π_sparse, so its policy gradient (track 1) is on-policy.
+π_dense is the learner under the full causal mask. It follows π_shadow (track 2), so that the trained model also serves
+with a full cache. The gradient takes the choice of keys as given: it does not learn which keys to keep.
 
-Departures from the paper: (1) a tiny model and toy-sized tasks; (2) the policy loss is divided by sequences × the
-longest possible response, not by each response's own length, so that all tokens weigh the same; (3) the KL of track 2
-is averaged over the batch's response tokens; (4) one update per batch of rollouts unless `--epochs` says otherwise;
-(5) the S samples of a prompt share its prefill and therefore what is evicted right after it.
+Departures from the paper: (1) a tiny model and small tasks; (2) the policy loss is divided by sequences × the longest
+possible response, so that all tokens weigh the same (Dr. GRPO), not by each response's own length; (3) the KL of track
+2 is averaged over the response tokens of the batch; (4) one update per batch of rollouts, so that the clipped ratio is
+1 (a run's `--epochs` changes that); (5) the S samples of a prompt share its prefill and what is
+evicted right after it.
 
-    python smd.py                                  the demonstration: 100 steps on the chain task
-    python smd.py --data FILE.jsonl                on prompts and answers of your own
+`python smd.py` runs the demonstration, 100 steps on a retrieval task. The file reads in the order in which a step runs.
+harness/shared.py has a cache and a replay that compute each prompt once; runs use them, and tests prove them equal.
 
-Dimension letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns,
-T = P + R, K cached keys, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, V vocabulary, X
-all response tokens in one row. A column counts from the left edge of the padded batch and is the position in the rule
-above; the RoPE position is the column less the padding before it.
+Letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns, T = P + R,
+K cache slots, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, C width, V vocabulary, X all
+response tokens in one row. A column counts from the left edge of the padded batch and is the position i or j in the
+rule above. The RoPE position is the column less the padding before it.
 """
 
 import dataclasses
 import math
-import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
-
-# threads that spin while they wait for one another cost, beside a busy process, far more than the core that it takes
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# large tensors in large pages: those of a real model are given back and taken again all the time
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harness import base, cli, device, files, memory, parallel, report, runs, streams, tasks
-from harness.agent import Agent
-from harness.cli import require
-from harness.objectives import (
-    DPO_BETA,
-    GAE_LAMBDA,
-    VALUE_COEF,
-    Counts,
-    Policy,
-    Seam,
-    dpo_loss,
-    effective_share,
-    gae,
-    k3,
-    of_tokens,
-    same_shape,
-    spread,
-    value_loss,
-)
-from harness.rollout import Rollout
-from harness.settings import VALUES, Settings, completed
-from harness.store import LIVES, Store, pack
-from kernel import NEVER, Record, masked_attention, products, shadow_attention
-from tiny_model import TinyModel, causal_attention, rope_positions, wide
+from kernel import NEVER, ShadowMask, accumulation_dtype, masked_attention, shadow_attention
+from tiny_model import TinyModel, at_least_float32, causal_attention, rope_positions
 
-# what nobody has to turn, and why it is what it is
-CLIP = 0.2  # PPO's ε; bites from a batch's second update on
-LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
-SCRATCH = {"cpu": 2**19, "cuda": 2**25}  # numbers, in keys and again in values, made wider at a time in decoding
-ASK = {"cpu": 1, "cuda": 8}  # tokens after which it is asked whether all have ended: on CUDA an answer is waited for
-LOGITS = 2**23  # logits of a part of the learner's tokens, and some ten times as many numbers come of them
-ROWS = 16  # of a head's square of queries, or keys, by keys: so many at once need no more memory than keys and values
-CHOOSING = 8  # prompts whose samples choose at a time what they keep: what a choice makes is a part of the cache's peak
-DIAGNOSE_EVERY = 10  # steps: it costs one more pass of the learner
+EOS_CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two checks for EOS; each check synchronises CUDA
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # the learner needs some ten times as many numbers at once
+MAX_GRAD_NORM = 1.0
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # the relative spread from which on a difference of rewards counts
+Uniform = Callable[..., Tensor]  # see `torch_uniform`
 
 
-def checked(s: Settings) -> Settings:
-    """Settings with what task, model and machine decide filled in; UsageError for what no run could use."""
-    if s.budget is not None:
-        parse_budget(s.budget)
-    cli.check_values(s, CHOICES)
-    weighted_dpo = s.objective == "dpo" and METHODS[s.method].weight is not None
-    require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
-    return completed(s)
+# --- 1. eviction policies: which keys does the sampler keep? ---
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the sampler keeps in each layer and kv head; window, sinks and pool where the policy's `Rule` says so."""
+    """A policy and its settings; `window`, `sinks` and `pool` matter where the policy's `PolicySpec` says so."""
 
     policy: str
-    budget: int | str  # entries: a count (22), or a share of each prompt ("65%")
-    interval: int = 4  # tokens between two compressions
-    window: int = 4
-    sinks: int = 1
-    pool: int = 5
-    protect: str | None = None  # "prompt": its keys stay, beside a budget that is the response's own
+    budget: int | Fraction  # keys per layer, sequence and kv head: 22, or Fraction(65, 100) of the prompt
+    interval: int = 4  # response tokens between two compressions
+    window: int = 4  # observation window: the last queries, and their keys
+    sinks: int = 1  # attention sinks: the first keys
+    pool: int = 5  # snapkv: neighbouring keys over which scores are averaged
+    protect: str | None = None  # "prompt": its keys are never evicted, and the budget counts keys of the response
+
+    def least(self) -> int:
+        """Keys that the policy always keeps: its sinks and its window, at least one."""
+        spec = POLICIES[self.policy]
+        sinks = self.sinks if spec.sinks and not self.protect else 0
+        return sinks + (self.window if spec.window else 1)
 
     def keep(self, length_N: Tensor) -> Tensor:
-        """Entries to keep of prompts of these lengths (N,); UsageError where the policy is forced to keep more."""
-        keep_N = self.wanted(length_N)
-        least = sum(self.forced.values())
-        need = f"{' + '.join(self.forced)} = {least}".removeprefix("1 = ")
-        of = f" ({self.budget} of a prompt of {length_N.min()} tokens)" if "%" in str(self.budget) else ""
-        require(keep_N.min() >= least, f"budget must be at least {need}, got {keep_N.min()}{of}")
-        return keep_N
-
-    def wanted(self, length_N: Tensor) -> Tensor:
-        """Entries (N,) that the budget asks for of prompts of these lengths (N,)."""
-        budget = parse_budget(self.budget)
-        if isinstance(budget, int):
-            return torch.full_like(length_N, budget)
-        return length_N.new_tensor([math.ceil(budget * length) for length in length_N.tolist()])
-
-    @property
-    def forced(self) -> dict[str, int]:
-        """Entries that the policy keeps whatever the budget says, by the name of their setting; at least one."""
-        rule = EVICTIONS[self.policy]
-        sinks = {"sinks": self.sinks} if rule.sinks and not self.protect else {}
-        return sinks | ({"window": self.window} if rule.window else {"1": 1})
+        """Keys to keep (N,) of prompts of these lengths (N,); ValueError where the policy always keeps more."""
+        if not isinstance(self.budget, int | Fraction):
+            raise ValueError(f"budget must be a count of keys or a Fraction of the prompt, got {self.budget!r}")
+        share = isinstance(self.budget, Fraction)
+        keys = [math.ceil(self.budget * length) if share else self.budget for length in length_N.tolist()]
+        if min(keys) < self.least():
+            raise ValueError(f"budget must be at least {self.least()} for {self.policy}, got {min(keys)}")
+        return length_N.new_tensor(keys)
 
 
-def parse_budget(budget: int | str) -> int | Fraction:
-    """A count of entries (22), or a share of each prompt ("65%"), exact as it is written; UsageError for all else."""
-    text = str(budget)
-    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)%", text)
-    share = Fraction(percent[1]) / 100 if percent else 0
-    if 0 < share <= 1:
-        return share
-    # a share was once written as a number from 0 to 1
-    old = re.fullmatch(r"(0?\.[0-9]+|1\.0*)", text)
-    hint = f"; as a share that is {100 * float(text):g}%" if old else ""
-    form = "budget must be a count of keys, such as 22, or a share of the prompt, such as 65% (at most 100%)"
-    require(re.fullmatch("[0-9]{1,9}", text) is not None, f"{form}, got {text}{hint}")
-    return int(text)
+def torch_uniform(*index: int | Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) from torch's generator, one for each element that the indices broadcast to.
+
+    `sample` calls it with the indices of what it draws. `harness.streams.keyed` is a function of these indices alone.
+    """
+    shape = torch.broadcast_shapes(*(x.shape for x in index if isinstance(x, Tensor)))
+    return torch.rand(shape, dtype=torch.float64, device=index[-1].device)
 
 
 @dataclass
-class Entries:
-    """A layer's keys as a policy sees them: the dead, then the live in column order. B: prompts, or later sequences.
+class LayerCache:
+    """The KV cache of one layer, and the shadow mask that it records. A policy reads it to score the keys.
 
-    Slots count through the two parts of the store, first what is shared, of which the prompts themselves have nothing.
+    B: sequences; during the prefill, prompts. Slots that are not live come first, then the live ones by column.
     """
 
     eviction: Eviction
-    key_B: Tensor  # of what is drawn at random
-    l: int  # the layer
-    shared_k_NGKD: Tensor
-    own_k_BGKD: Tensor
-    slot_BGK: Tensor
-    column_BGK: Tensor
-    live_BGK: Tensor  # neither padding nor evicted
-    received_BGK: Tensor | None  # attention received so far, where the policy accumulates it
-    q_BHWD: Tensor  # the last W queries
-    pad_B: Tensor
-    keep_B: Tensor  # entries to keep
+    uniform: Uniform
+    l: int  # layer
     P: int  # columns of the prompt
     now: int  # column of the next query
+    pad_B: Tensor
+    keep_B: Tensor  # keys to keep
+    row_B: Tensor  # number of the sequence, for `uniform`
+    k_BGKD: Tensor
+    v_BGKD: Tensor
+    column_BGK: Tensor
+    live_BGK: Tensor  # neither padding nor evicted
+    evicted_at_BGT: Tensor  # int32
+    q_BHWD: Tensor  # the last W queries, if the policy reads them
+    received_BGK: Tensor | None = None  # attention that each key received so far, if the policy accumulates it
 
     def newest(self, count: int | Tensor) -> Tensor:
         return self.column_BGK >= self.now - count
@@ -173,310 +119,339 @@ class Entries:
     def sinks(self) -> Tensor:
         return self.column_BGK < self.pad_B[:, None, None] + self.eviction.sinks
 
-    def of_keys(self, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """f (B, G, K, n) of each key in float32 or better; of a shared one it is computed once."""
-        shared_k, own_k = (k.to(wide(k.dtype)) for k in (self.shared_k_NGKD, self.own_k_BGKD))
-        both = torch.cat((f(shared_k).repeat_interleave(len(own_k) // len(shared_k), dim=0), f(own_k)), dim=2)
-        return both.gather(2, self.slot_BGK[..., None].expand(-1, -1, -1, both.shape[-1]))
+    def keys(self) -> Tensor:
+        return self.k_BGKD.to(accumulation_dtype(self.k_BGKD.dtype, self.k_BGKD.device))
+
+    def mark_evicted(self, evicted_BGK: Tensor) -> None:
+        """Record that these keys are invisible from the next query on."""
+        old_BGK = self.evicted_at_BGT.gather(-1, self.column_BGK)
+        self.evicted_at_BGT.scatter_(-1, self.column_BGK, old_BGK.masked_fill(evicted_BGK, self.now))
+        self.live_BGK = self.live_BGK & ~evicted_BGK
+
+    def compact(self, count: int) -> None:
+        """Keep this many slots, among them all live ones. Keys, values and columns move together."""
+        slot_BGn = live_last(self.live_BGK, count)
+        for name in ("k_BGKD", "v_BGKD", "column_BGK", "live_BGK", "received_BGK"):
+            if getattr(self, name) is not None:
+                setattr(self, name, take(getattr(self, name), slot_BGn))
+
+    def append(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> None:
+        """Store one token."""
+        W = self.q_BHWD.shape[2]
+        self.q_BHWD = torch.cat((self.q_BHWD, q_BH1D), dim=2)[:, :, -W:] if W else self.q_BHWD
+        self.k_BGKD = torch.cat((self.k_BGKD, k_BG1D), dim=2)
+        self.v_BGKD = torch.cat((self.v_BGKD, v_BG1D), dim=2)
+        self.column_BGK = F.pad(self.column_BGK, (0, 1), value=self.now)
+        self.live_BGK = F.pad(self.live_BGK, (0, 1), value=True)
+        if self.received_BGK is not None:
+            self.received_BGK = F.pad(self.received_BGK, (0, 1))
+        self.now += 1
 
 
-def window_logits(e: Entries) -> Tensor:
-    """Logits of the recent queries over the live keys, (B, G, M, W, K); -inf where a query cannot see a key."""
-    assert e.q_BHWD.shape[2], "a policy that reads queries says so in its rule"
-    _, H, W, D = e.q_BHWD.shape
-    with torch.autocast(e.q_BHWD.device.type, enabled=False):
-        given = (x.to(wide(x.dtype)) for x in (e.q_BHWD, e.own_k_BGKD, e.shared_k_NGKD))
-        logits_BGMWK = products(*given).transpose(1, 2).flatten(0, 1)
-    slot_BGMWK = e.slot_BGK[:, :, None, None].expand(-1, -1, H // e.slot_BGK.shape[1], W, -1)
-    logits_BGMWK = logits_BGMWK.gather(-1, slot_BGMWK).mul_(D**-0.5)
-    q_column_W = torch.arange(e.now - W, e.now, device=e.q_BHWD.device)
-    visible_BGWK = e.live_BGK[:, :, None] & (e.column_BGK[:, :, None] <= q_column_W[:, None])
+def window_logits(cache: LayerCache) -> Tensor:
+    """Logits of the last queries over the live keys, (B, G, M, W, K); -inf where a query does not see a key."""
+    k_BGKD, (B, H, W, D), G = cache.keys(), cache.q_BHWD.shape, cache.k_BGKD.shape[1]
+    assert W, "a policy that reads queries must say so in its PolicySpec"
+    with torch.autocast(k_BGKD.device.type, enabled=False):
+        q_rows = cache.q_BHWD.to(k_BGKD.dtype).reshape(B, G, H // G * W, D)
+        logits_BGMWK = (q_rows @ k_BGKD.transpose(-1, -2)).view(B, G, H // G, W, -1) * D**-0.5
+    q_column_W = torch.arange(cache.now - W, cache.now, device=k_BGKD.device)
+    visible_BGWK = cache.live_BGK[:, :, None] & (cache.column_BGK[:, :, None] <= q_column_W[:, None])
     return logits_BGMWK.masked_fill_(~visible_BGWK[:, :, None], -math.inf)
 
 
-def window_attention(e: Entries) -> Tensor:
-    """Softmax of `window_logits`. A query that sees nothing, because it is padding, attends to nothing."""
-    return window_logits(e).softmax(dim=-1).nan_to_num_(0.0)
+def window_attention(cache: LayerCache) -> Tensor:
+    """Softmax of `window_logits`; zero for a query that is padding."""
+    return window_logits(cache).softmax(dim=-1).nan_to_num_(0.0)
 
 
-def streaming(e: Entries) -> Tensor:
+def streaming(cache: LayerCache) -> Tensor:
     """The most recent keys, and sinks (StreamingLLM, 2309.17453)."""
-    return e.column_BGK.double()
+    return cache.column_BGK.double()
 
 
-def snapkv(e: Entries) -> Tensor:
-    """What the observation window attends to, averaged over `pool` neighbours (SnapKV, 2404.14469).
-
-    The paper's 5 suits prompts of thousands of tokens; on one of 34 it wipes out the choice, and 1 does not average.
-    """
-    score_BGK = window_attention(e).mean(dim=(2, 3)).masked_fill(e.newest(e.eviction.window), 0.0)
-    return F.avg_pool1d(score_BGK, kernel_size=e.eviction.pool, stride=1, padding=e.eviction.pool // 2)
+def snapkv(cache: LayerCache) -> Tensor:
+    """Attention of the observation window, averaged over `pool` neighbouring keys (SnapKV, 2404.14469)."""
+    score_BGK = window_attention(cache).mean(dim=(2, 3)).masked_fill(cache.newest(cache.eviction.window), 0.0)
+    return F.avg_pool1d(score_BGK, kernel_size=cache.eviction.pool, stride=1, padding=cache.eviction.pool // 2)
 
 
-def h2o(e: Entries) -> Tensor:
-    """Half the budget to the most recent keys, half to those that received most attention (H2O, 2306.14048)."""
-    recent_B = e.keep_B - e.keep_B // 2
-    return e.received_BGK.masked_fill(e.newest(recent_B[:, None, None]), math.inf)
+def h2o(cache: LayerCache) -> Tensor:
+    """Half the budget for the most recent keys, half for those that received most attention (H2O, 2306.14048)."""
+    recent_B = cache.keep_B - cache.keep_B // 2
+    return cache.received_BGK.masked_fill(cache.newest(recent_B[:, None, None]), math.inf)
 
 
-def tova(e: Entries) -> Tensor:
-    """The last query's attention, mean over all heads, one set a layer; the last key stays (TOVA, 2401.06104)."""
-    score_BK = window_attention(e).mean(dim=(1, 2, 3))
-    return score_BK[:, None].expand_as(e.column_BGK).masked_fill(e.newest(1), math.inf)
+def tova(cache: LayerCache) -> Tensor:
+    """The last query's attention, averaged over all heads: one set of keys per layer (TOVA, 2401.06104)."""
+    score_BK = window_attention(cache).mean(dim=(1, 2, 3))
+    return score_BK[:, None].expand_as(cache.column_BGK).masked_fill(cache.newest(1), math.inf)
 
 
-def knorm(e: Entries) -> Tensor:
-    """Keys of small norm are the ones that receive much attention (2406.11430)."""
-    # in steps of 0.1 %: in the first layer the norms of equal tokens differ by rounding alone, and of those the earlier
-    # key is to stay, in float32 as in float64
-    norm_BGK = e.of_keys(lambda k: k.norm(dim=-1, keepdim=True))[..., 0]
-    return -(1000 * norm_BGK.log()).round()
+def knorm(cache: LayerCache) -> Tensor:
+    """Keys of small norm receive much attention (2406.11430)."""
+    # in steps of 0.1 %: in the first layer, the norms of equal tokens differ by rounding only, and should tie
+    return -(1000 * cache.keys().norm(dim=-1).log()).round()
 
 
-def rkv(e: Entries, mix: float = 0.07, alike: float = 0.5) -> Tensor:
+def rkv(cache: LayerCache, mix: float = 0.07, similar: float = 0.5) -> Tensor:
     """Importance less redundancy, Z = mix · A - (1 - mix) · S (R-KV, 2505.24133)."""
-    window_BGK = e.newest(e.eviction.window)
-    logits_BGWK = window_logits(e).amax(dim=2).masked_fill(window_BGK[:, :, None], -math.inf)
+    window_BGK = cache.newest(cache.eviction.window)
+    logits_BGWK = window_logits(cache).amax(dim=2).masked_fill(window_BGK[:, :, None], -math.inf)
     attention_BGK = logits_BGWK.softmax(dim=-1).nan_to_num(0.0).mean(dim=2)
     attention_BGK = F.max_pool1d(attention_BGK, kernel_size=7, stride=1, padding=3)
-    unit_BGKD = e.of_keys(partial(F.normalize, dim=-1)).masked_fill_(~e.live_BGK[..., None], 0.0)
-    slot_K = torch.arange(unit_BGKD.shape[2], device=unit_BGKD.device, dtype=torch.int32)
-    total_BGK = torch.zeros_like(attention_BGK)
-    for slot_r in slot_K.split(ROWS):
-        with torch.autocast(slot_K.device.type, enabled=False):
-            cosine_BGrK = unit_BGKD[:, :, slot_r] @ unit_BGKD.transpose(-1, -2)
-        cosine_BGrK.masked_fill_(slot_r[:, None] == slot_K, 0.0)
-        # the last of a key's near copies does not count as one, so that the newest copy survives
-        last_BGr1 = torch.where(cosine_BGrK > alike, slot_K, -1).amax(dim=-1, keepdim=True)
-        total_BGK += cosine_BGrK.masked_fill_(slot_K == last_BGr1, 0.0).sum(dim=-2)
-    mean_BGK = total_BGK / e.live_BGK.sum(dim=-1, keepdim=True)
-    redundancy_BGK = mean_BGK.masked_fill(~e.live_BGK, -math.inf).softmax(dim=-1)
+    unit_BGKD = F.normalize(cache.keys(), dim=-1).masked_fill_(~cache.live_BGK[..., None], 0.0)
+    slot_K = torch.arange(unit_BGKD.shape[2], device=unit_BGKD.device)
+    with torch.autocast(slot_K.device.type, enabled=False):
+        cosine_BGKK = unit_BGKD @ unit_BGKD.transpose(-1, -2)
+    cosine_BGKK = cosine_BGKK.masked_fill(slot_K[:, None] == slot_K, 0.0)
+    # the newest near copy of a key does not count as redundant, so that one copy survives
+    newest_BGK1 = torch.where(cosine_BGKK > similar, slot_K, -1).amax(dim=-1, keepdim=True)
+    total_BGK = cosine_BGKK.masked_fill(slot_K == newest_BGK1, 0.0).sum(dim=-2)
+    mean_BGK = total_BGK / cache.live_BGK.sum(dim=-1, keepdim=True)
+    redundancy_BGK = mean_BGK.masked_fill(~cache.live_BGK, -math.inf).softmax(dim=-1)
     return mix * attention_BGK - (1 - mix) * redundancy_BGK
 
 
-def random(e: Entries) -> Tensor:
-    """Uniform. Each head keeps other keys, so that together they lose little (Random Attention, 2609.03430)."""
-    # counted from where the sequence begins, because how many columns stand before it depends on its batch
-    begin_B11 = e.pad_B[:, None, None]
-    head_G1 = torch.arange(e.column_BGK.shape[1], device=begin_B11.device)[:, None]
-    return streams.uniform(e.key_B[:, None, None], e.l, e.now - begin_B11, head_G1, e.column_BGK - begin_B11)
+def random(cache: LayerCache) -> Tensor:
+    """Uniform; every head keeps other keys, so that together they lose little (Random Attention, 2609.03430)."""
+    first_B11 = cache.pad_B[:, None, None]  # counted from the first token, because padding depends on the batch
+    head_G1 = torch.arange(cache.column_BGK.shape[1], device=first_B11.device)[:, None]
+    index = cache.l, cache.now - first_B11, head_G1, cache.column_BGK - first_B11
+    return cache.uniform(*index, cache.row_B[:, None, None])
 
 
-class Rule(NamedTuple):
-    """An eviction policy: its score, and what it needs and keeps besides."""
+class PolicySpec(NamedTuple):
+    """An eviction policy: its score, the keys it always keeps, and what it reads."""
 
-    score: Callable[[Entries], Tensor]  # (B, G, K): higher is kept
-    sinks: bool = False  # the first keys always stay, as many as `Eviction.sinks`
-    window: bool = False  # the last keys always stay, as many as `Eviction.window`
-    reads_queries: bool = False  # the last ones, `Eviction.window` of them or, in a rule without a window, one
-    accumulates: bool = False  # reads the attention that each key has received
+    score: Callable[[LayerCache], Tensor]  # (B, G, K): the keys with the highest scores are kept
+    sinks: bool = False  # always keeps the first keys, as many as `Eviction.sinks`
+    window: bool = False  # always keeps the last keys, as many as `Eviction.window`
+    reads_queries: bool = False  # reads the last queries: `Eviction.window` of them, or one if `window` is False
+    accumulates: bool = False  # reads the attention that each key received
 
 
-EVICTIONS = {
-    "streaming": Rule(streaming, sinks=True),
-    "snapkv": Rule(snapkv, sinks=True, window=True, reads_queries=True),
-    "h2o": Rule(h2o, accumulates=True),
-    "tova": Rule(tova, reads_queries=True),
-    "knorm": Rule(knorm),
-    "rkv": Rule(rkv, window=True, reads_queries=True),
-    "random": Rule(random, sinks=True, window=True),
+POLICIES = {
+    "streaming": PolicySpec(streaming, sinks=True),
+    "snapkv": PolicySpec(snapkv, sinks=True, window=True, reads_queries=True),
+    "h2o": PolicySpec(h2o, accumulates=True),
+    "tova": PolicySpec(tova, reads_queries=True),
+    "knorm": PolicySpec(knorm),
+    "rkv": PolicySpec(rkv, window=True, reads_queries=True),
+    "random": PolicySpec(random, sinks=True, window=True),
 }
 
 
-def victims(e: Entries) -> Tensor:
-    """The live entries (B, G, K) that are not among their head's best, as many as the budget."""
-    rule = EVICTIONS[e.eviction.policy]
-    stays_BGK = torch.zeros_like(e.live_BGK)
-    keep_BG1 = e.keep_B[:, None, None]
-    if rule.sinks and not e.eviction.protect:
-        stays_BGK |= e.sinks()
-    if rule.window:
-        stays_BGK |= e.newest(e.eviction.window)
-    if e.eviction.protect:
-        of_prompt_BGK = e.live_BGK & (e.column_BGK < e.P)
-        stays_BGK |= of_prompt_BGK
-        keep_BG1 = keep_BG1 + of_prompt_BGK.sum(dim=-1, keepdim=True)
-    score_BGK = rule.score(e).masked_fill(stays_BGK, math.inf).masked_fill(~e.live_BGK, -math.inf)
-    # stable, so that ties fall the same way on every device
+def eviction_mask(cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """Live keys outside each head's top-k (B, G, K): these are evicted. And whether no score is NaN."""
+    spec = POLICIES[cache.eviction.policy]
+    always_BGK = torch.zeros_like(cache.live_BGK)
+    keep_BG1 = cache.keep_B[:, None, None]
+    if spec.sinks and not cache.eviction.protect:
+        always_BGK |= cache.sinks()
+    if spec.window:
+        always_BGK |= cache.newest(cache.eviction.window)
+    if cache.eviction.protect:
+        prompt_BGK = cache.live_BGK & (cache.column_BGK < cache.P)
+        always_BGK |= prompt_BGK
+        keep_BG1 = keep_BG1 + prompt_BGK.sum(dim=-1, keepdim=True)
+    # in float32: scores that are equal but for rounding tie, and the stable sort then prefers the earlier key
+    score_BGK = spec.score(cache).float()
+    valid = ~score_BGK.isnan().any()
+    score_BGK = score_BGK.masked_fill(always_BGK, math.inf).masked_fill(~cache.live_BGK, -math.inf)
     order_BGK = score_BGK.argsort(dim=-1, descending=True, stable=True)
-    beyond_BGK = torch.arange(order_BGK.shape[-1], device=order_BGK.device) >= keep_BG1
-    return e.live_BGK & torch.zeros_like(e.live_BGK).scatter(-1, order_BGK, beyond_BGK.expand_as(order_BGK))
+    outside_BGK = torch.arange(order_BGK.shape[-1], device=order_BGK.device) >= keep_BG1
+    outside_BGK = torch.zeros_like(cache.live_BGK).scatter(-1, order_BGK, outside_BGK.expand_as(order_BGK))
+    return cache.live_BGK & outside_BGK, valid
+
+
+# --- 2. the compressed KV cache ---
+
+
+def live_last(live_BGK: Tensor, count: int) -> Tensor:
+    """Slots (B, G, count): the live ones in their order, after as many others as fill up the row."""
+    return live_BGK.byte().argsort(dim=-1, stable=True)[..., max(0, live_BGK.shape[-1] - count) :]
+
+
+def take(x_BGK: Tensor, slot_BGn: Tensor) -> Tensor:
+    """The contents of these slots of (B, G, K) or (B, G, K, D)."""
+    B, G, K = x_BGK.shape[:3]
+    first_BG1 = K * torch.arange(B * G, device=slot_BGn.device).view(B, G, 1)
+    return x_BGK.flatten(0, 2).index_select(0, (first_BG1 + slot_BGn).flatten()).unflatten(0, slot_BGn.shape)
 
 
 class Cache:
-    """What the sampler still has: of each prompt what was kept of it, once, and each sample's own tokens.
+    """The sampler's KV cache in all layers, which attend through `prefill`, then through `decode`."""
 
-    Layers attend with `prefill` and `decode`. `memory` counts what is alive here and while entries are chosen.
-    """
-
-    def __init__(self, pad_N: Tensor, S: int, P: int, max_new: int, eviction: Eviction | None, key_N: Tensor):
-        require(max_new <= LIVES, f"a response has at most {LIVES} tokens here, got {max_new}")
-        # a full cache: nothing exceeds the budget
-        self.eviction = eviction or Eviction("streaming", P + max_new, interval=32, sinks=0)
-        self.rule = EVICTIONS[self.eviction.policy]
-        self.key_N = key_N
-        self.key_B = streams.hashed(key_N[:, None], torch.arange(S, device=pad_N.device)).flatten()
-        self.pad_N, self.S, self.P, self.max_new = pad_N, S, P, max_new
+    def __init__(self, pad_N: Tensor, S: int, P: int, max_new: int, eviction: Eviction | None, uniform: Uniform):
+        # a full cache is a budget that is never exceeded
+        self.eviction = eviction or Eviction("streaming", P + max_new, interval=P + max_new, sinks=0)
+        self.spec = POLICIES[self.eviction.policy]
+        self.pad_N, self.S, self.P, self.max_new, self.uniform = pad_N, S, P, max_new, uniform
         self.padding_N = pad_N if pad_N.any() else None
         self.keep_N = self.eviction.keep(P - pad_N)
         protected = P if self.eviction.protect else 0
-        self.least, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())
-        self.kept = min(P, self.most)  # of a prompt's columns, with dead ones where another prompt keeps more
-        kept_pad_N = self.kept - torch.minimum(P - pad_N, protected + self.keep_N)
-        self.kept_pad_B, self.keep_B = (x_N.repeat_interleave(S) for x_N in (kept_pad_N, self.keep_N))
-        self.used = self.kept  # entries of a sample, likewise
-        self.tokens = 0  # stored of each response
-        W = self.eviction.window if self.rule.window else 1
-        self.W = W if self.rule.reads_queries else 0
-        self.layers: list[Store] = []
-        self.memory = memory.PeakBytes()
+        self.least, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())  # slots of a sequence
+        W = self.eviction.window if self.spec.window else 1
+        self.W = W if self.spec.reads_queries else 0
+        self.tokens = 0  # of each response, in the cache
+        self.valid = torch.ones((), dtype=torch.bool, device=pad_N.device)  # no score was NaN
+        self.layers: list[LayerCache] = []
+        self.stored_bytes = 0  # most bytes of keys, values and what is stored beside them
 
     def prefill(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend densely within the prompts, then store what the budget allows of this layer's keys."""
+        """Attend densely within the prompts, then keep what the budget allows of this layer's keys."""
         N, G, P, _ = k.shape
-        with self.memory:
-            self.memory.hold(k, v)
-            column_NGP = torch.arange(P, device=k.device).expand(N, G, P)
-            live_NGP = column_NGP >= self.pad_N[:, None, None]
-            q_NHWD = q[:, :, max(0, P - self.W) :]
-            entries = k[:, :, :0], k, column_NGP, column_NGP, live_NGP, None, q_NHWD
-            e = Entries(self.eviction, self.key_N, l, *entries, self.pad_N, self.keep_N, P, now=P)
-            if self.rule.accumulates:
-                # some queries at a time: P × P weights would be the memory that the cache is there to save
-                rows = max(1, ROWS * G // q.shape[1])
-                spans = ((first, min(first + rows, P)) for first in range(0, P, rows))
-                blocks = (dataclasses.replace(e, q_BHWD=q[:, :, first:end], now=end) for first, end in spans)
-                e.received_BGK = sum(window_attention(block).sum(dim=(2, 3)) for block in blocks)
-            if self.least < P:
-                live_NGP = live_NGP & ~victims(e)
-            q_NHWD = F.pad(q_NHWD, (0, 0, self.W - q_NHWD.shape[2], 0))
-            self.layers.append(Store(k, v, live_NGP, e.received_BGK, q_NHWD, self.kept))
+        column_NGP = torch.arange(P, device=k.device).expand(N, G, P)
+        live_NGP = column_NGP >= self.pad_N[:, None, None]
+        evicted_at_NGT = F.pad(torch.where(live_NGP, NEVER, 0).int(), (0, self.max_new), value=NEVER)
+        row_N = N * self.S + torch.arange(N, device=k.device)  # prompts are numbered after the sequences
+        rows = self.pad_N, self.keep_N, row_N, k, v, column_NGP, live_NGP, evicted_at_NGT
+        layer = LayerCache(self.eviction, self.uniform, l, P, P, *rows, q[:, :, max(0, P - self.W) :])
+        if self.spec.accumulates:
+            layer.received_BGK = self.attention_in_prompt(layer, q)
+        if self.least < P:
+            self.evict(layer)
+        layer.compact(self.most)
+        # W queries also after a prompt that is shorter than the window
+        layer.q_BHWD = F.pad(layer.q_BHWD, (0, 0, self.W - layer.q_BHWD.shape[2], 0)).clone()
+        self.layers.append(layer)
         return causal_attention(q, k, v, self.padding_N)
 
-    def room(self) -> int:
-        """Tokens until entries are chosen again, or until the last that is stored."""
-        return min(self.eviction.interval, self.max_new - 1 - self.tokens)
+    def attention_in_prompt(self, layer: LayerCache, q_BHPD: Tensor) -> Tensor:
+        """Attention that each key receives from all queries of its prompt and group of heads: (B, G, K)."""
+        return window_attention(dataclasses.replace(layer, q_BHWD=q_BHPD)).sum(dim=(2, 3))
 
     def branch(self) -> None:
-        """All layers have the prompts: make room for what their samples add."""
-        with self.memory:
-            for layer in self.layers:
-                self.forget_queries(layer)
-                layer.branch(self.S, self.max_new, self.room())
-
-    def forget_queries(self, layer: Store) -> None:
-        """Drop the last queries once no choice will read them: those of all samples may be more than all their keys."""
-        if self.room() < self.eviction.interval:
-            layer.q_BHWD = layer.q_BHWD[:, :, :0].clone()
+        """From prompts to S samples of each."""
+        for layer in self.layers:
+            for name, x in vars(layer).items():
+                if isinstance(x, Tensor):
+                    setattr(layer, name, x.repeat_interleave(self.S, dim=0))
+            layer.row_B = torch.arange(len(layer.pad_B), device=layer.pad_B.device)
+        self.measure()
 
     def decode(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Add one token to the cache and attend to what is in there: out (B, H, 1, D)."""
+        """Add one token to the cache and attend to all live keys: out (B, H, 1, D)."""
         layer = self.layers[l]
-        layer.add(q, k, v, column=self.kept + self.tokens)
-        shared, own = layer.shared, layer.own
-        # some prompts at a time: on a CPU the float64 copies of all keys would leave the processor's cache
-        numbers = shared.k_XGKD[0].numel() + self.S * own.k_XGKD[0].numel()
-        outs = []
-        for n, b in layer.parts(max(1, SCRATCH[q.device.type] // numbers)):
-            of_samples = q[b], own.k_XGKD[b], own.v_XGKD[b], ~layer.seen_BGK[b, :, None]
-            out_BH1D, weight_NGSM1K = masked_attention(*of_samples, (shared.k_XGKD[n], shared.v_XGKD[n]))
-            outs.append(out_BH1D.to(q.dtype))
-            if self.rule.accumulates:
-                layer.receive(n, b, weight_NGSM1K.sum(dim=(3, 4)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs)
-
-    def evict(self, l: int, n: slice, b: slice) -> None:
-        """Return to the budget in these sequences."""
-        layer = self.layers[l]
-        slot_BGK = pack(layer.seen_BGK[b], self.used)
-        live_BGK = layer.seen_BGK[b].gather(-1, slot_BGK)
-        column_BGK = layer.columns(n, b).gather(-1, slot_BGK)
-        received_BGK = layer.received_BGT[b].gather(-1, column_BGK) if self.rule.accumulates else None
-        keys = layer.shared.k_XGKD[n], layer.own.k_XGKD[b], slot_BGK, column_BGK, live_BGK, received_BGK
-        limits = self.kept_pad_B[b], self.keep_B[b], self.kept, self.kept + self.tokens
-        e = Entries(self.eviction, self.key_B[b], l, *keys, layer.q_BHWD[b], *limits)
-        layer.bury(b, slot_BGK, column_BGK, victims(e), self.tokens)
+        layer.append(q, k, v)
+        out_BH1D, weight_BGM1K = masked_attention(q, layer.k_BGKD, layer.v_BGKD, ~layer.live_BGK[:, :, None])
+        if self.spec.accumulates:
+            layer.received_BGK = layer.received_BGK + weight_BGM1K.sum(dim=(2, 3))
+        return out_BH1D.to(q.dtype)
 
     def token_done(self) -> None:
-        """Every layer has the token: count it, and at the end of an interval return to the budget."""
-        self.used += 1
+        """Count a token that all layers have stored; at the end of an interval, return to the budget."""
         self.tokens += 1
-        if self.tokens % self.eviction.interval:
-            return
-        over = self.used > self.least
-        with self.memory:
-            for l, layer in enumerate(self.layers):
-                if over:
-                    for n, b in layer.parts(CHOOSING):
-                        self.evict(l, n, b)
-                self.forget_queries(layer)
-            # of all layers at once, because on CUDA the answer is waited for
-            counts = torch.stack([layer.seen_at_most() for layer in self.layers]).tolist()
-            for layer, (shared, own) in zip(self.layers, counts, strict=True):
-                layer.drop_dead(shared, own, self.room())
-        self.used = min(self.used, self.most)
+        self.measure()
+        if self.tokens % self.eviction.interval == 0:
+            for layer in self.layers:
+                if layer.live_BGK.shape[-1] > self.least:
+                    self.evict(layer)
+                layer.compact(self.most)
+
+    def evict(self, layer: LayerCache) -> None:
+        evicted_BGK, valid = eviction_mask(layer)
+        self.valid &= valid
+        layer.mark_evicted(evicted_BGK)
+
+    def measure(self) -> None:
+        stored = sum(x.nbytes for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor))
+        self.stored_bytes = max(self.stored_bytes, stored)
+
+    def shadow_mask(self) -> Tensor:
+        """evicted_at of all layers, (L, B, G, P + max_new)."""
+        return torch.stack([layer.evicted_at_BGT for layer in self.layers])
+
+
+# --- 3. the sampler ---
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the sampler did, recorded once. The learner never recomputes it."""
+
+    prompt_NP: Tensor  # int64
+    pad_N: Tensor  # columns of padding before each prompt
+    response_BR: Tensor  # int64; row n·S + s is sample s of prompt n; up to and with its EOS, then EOS as padding
+    logp_BR: Tensor  # log-prob of each response token in the distribution that it was drawn from; 0 after the end
+    length_B: Tensor  # response tokens, EOS included
+    evicted_at_LBGT: Tensor  # int32: the shadow mask
+    stored_bytes: int  # most bytes that the cache and its record stored
+
+    @property
+    def mask_BR(self) -> Tensor:
+        return torch.arange(self.response_BR.shape[1], device=self.length_B.device) < self.length_B[:, None]
+
+    @property
+    def never_evicted_LBGT(self) -> Tensor:
+        """The mask of a full cache: padding is hidden, and nothing is ever evicted."""
+        row_1B1T = torch.where(self.evicted_at_LBGT[:1, :, :1] == 0, 0, NEVER).to(torch.int32)
+        return row_1B1T.expand_as(self.evicted_at_LBGT)  # a view: the same in all layers and heads
+
+
+def inverse_cdf(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token (B,) at which the cumulative distribution passes each uniform number."""
+    # float64: sums of many small float32 numbers would depend on the device
+    cdf_BV = logp_BV.double().exp().cumsum(dim=-1)
+    token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    return token_B.clamp(max=logp_BV.shape[1] - 1)  # only NaN exceeds it, which `sample` finds at its next check
 
 
 @torch.no_grad()
 def sample(
-    model: TinyModel, prompt_NP: Tensor, pad_N: Tensor, samples: int, max_new: int, eos: int,
-    eviction: Eviction | None = None, key_N: Tensor | None = None, forced_BR: Tensor | None = None,
+    model: TinyModel, prompt_NP: Tensor, pad_N: Tensor, samples: int, max_new: int, eos: int | Sequence[int],
+    eviction: Eviction | None = None, uniform: Uniform = torch_uniform, forced_BR: Tensor | None = None,
+    make_cache: Callable[..., Cache] = Cache,
 ) -> Rollout:  # fmt: skip
-    """Draw responses with a small cache, and record which query could see which key.
+    """Draw responses with a compressed KV cache, and record which query could see which key.
 
-    prompt_NP: int64 tokens, left-padded by pad_N columns. A response ends with `eos` or after max_new tokens. eviction:
-    None for a full cache. key_N: an int64 for each prompt, which alone decides what is drawn for it; None: its number.
-    forced_BR: "draw" these max_new tokens. Raises UsageError where the budget does not hold what the policy is forced
-    to keep, FloatingPointError where the logits are not finite.
-    Temperature 1 and no truncation: only if the recorded log-prob is the model's own can a learner reproduce it.
+    prompt_NP: int64 tokens, left-padded by pad_N columns. A response ends with an `eos` token or after max_new tokens.
+    eviction: None for a full cache. forced_BR: "draw" these max_new tokens. ValueError where the budget is less than
+    the policy always keeps, FloatingPointError where logits or scores are not finite. The temperature is 1, without
+    truncation: the recorded log-prob is the model's own.
     """
-    N, P = prompt_NP.shape
-    key_N = torch.arange(N, device=pad_N.device) if key_N is None else key_N
-    cache = Cache(pad_N, samples, P, max_new, eviction, key_N)
+    P, pad_B = prompt_NP.shape[1], pad_N.repeat_interleave(samples)
+    row_B = torch.arange(len(pad_B), device=pad_N.device)
+    eos_E = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=pad_N.device)
+    cache = make_cache(pad_N, samples, P, max_new, eviction, uniform)
     hidden_NPC = model.extend(model.embed_tokens(prompt_NP), rope_positions(pad_N, P), cache.prefill)
-    hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, 0)
+    hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, dim=0)
     cache.branch()
-    pad_B = pad_N.repeat_interleave(samples)
-    tokens, logps = [], []
-    length_B = torch.zeros_like(pad_B)
-    alive_B = torch.ones_like(pad_B, dtype=torch.bool)
-    finite = torch.ones_like(alive_B[0])
-    while True:
+    tokens, logps, masks = [], [], []
+    running_B, finite = torch.ones_like(pad_B, dtype=torch.bool), torch.ones_like(cache.valid)
+    for t in range(max_new):
         logp_BV = model.log_probs(hidden_BC)
         finite &= logp_BV.isfinite().all()
-        if forced_BR is None:
-            drawn_B = streams.drawn(logp_BV, streams.uniform(len(tokens), cache.key_B))
-        else:
-            drawn_B = forced_BR[:, len(tokens)]
-        tokens.append(torch.where(alive_B, drawn_B, eos))
-        logps.append(torch.where(alive_B, logp_BV.gather(1, drawn_B[:, None])[:, 0], 0.0))
-        length_B += alive_B
-        alive_B = alive_B & (drawn_B != eos)
-        if len(tokens) == max_new or len(tokens) % ASK[pad_B.device.type] == 0:
-            all_finite, some_alive = torch.stack((finite, alive_B.any())).tolist()
+        drawn_B = inverse_cdf(logp_BV, uniform(t, row_B)) if forced_BR is None else forced_BR[:, t]
+        tokens.append(torch.where(running_B, drawn_B, eos_E[0]))
+        logps.append(torch.where(running_B, logp_BV.gather(1, drawn_B[:, None])[:, 0], 0.0))
+        masks.append(running_B)
+        running_B = running_B & ~torch.isin(drawn_B, eos_E)
+        if t + 1 == max_new or (t + 1) % EOS_CHECK_EVERY.get(pad_B.device.type, 8) == 0:
+            all_finite, some_running = torch.stack((finite & cache.valid, running_B.any())).tolist()
             if not all_finite:
-                raise FloatingPointError("the policy's logits are not finite")
-            if len(tokens) == max_new or not some_alive:
+                raise FloatingPointError("the policy's logits, or the scores of its keys, are not finite")
+            if not some_running:
                 break
-        # a sequence that has ended runs along with the others; `finished_record` drops what it writes from here on
-        position_B1 = (P + cache.tokens - pad_B)[:, None]
-        hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
-        cache.token_done()
-    R, c = length_B.max().item(), model.config
-    entry_bytes = 2 * c.layers * c.kv_heads * c.head_dim * cache.layers[0].own.k_XGKD.element_size()
-    with cache.memory:  # one layer after the other is given up for its record
-        evicted_at_LBGT = torch.stack([cache.layers.pop(0).record(pad_N, P) for _ in range(c.layers)])
-    evicted_at_LBGT = finished_record(evicted_at_LBGT[..., : P + R], P + length_B)
+        if t + 1 < max_new:
+            # a sequence that has ended runs along with the others; `finished_mask` removes what it records
+            position_B1 = (P + t - pad_B)[:, None]
+            hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
+            cache.token_done()
+    length_B = torch.stack(masks).sum(dim=0)
+    R = length_B.max().item()
+    evicted_at_LBGT = finished_mask(cache.shadow_mask()[..., : P + R], P + length_B)
     drawn = torch.stack(tokens[:R], dim=1), torch.stack(logps[:R], dim=1), length_B
-    return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.memory.peak, entry_bytes)
+    return Rollout(prompt_NP, pad_N, *drawn, evicted_at_LBGT, cache.stored_bytes)
 
 
-def finished_record(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
-    """evicted_at without what was written after a sequence's last query.
+def finished_mask(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
+    """The shadow mask without what was recorded after a sequence's last query.
 
-    A prompt in columns 0 and 1 and a response in 2, 3, 4 end at column 5. The token in column 4 is predicted by the
-    query in column 3 and never is a query itself. So a key evicted at 3 is hidden from that query, and one evicted at 4
-    or later was seen by every query there was: NEVER. Columns from 5 on are padding: 0.
+    Example: a prompt in columns 0 and 1 and a response in 2, 3, 4 end at column 5. The token in column 4 is predicted
+    by the query in column 3 and is never a query itself. So a key evicted at 3 is hidden from that query, and a key
+    evicted at 4 or later was visible to every query: NEVER. Columns from 5 on are padding: 0.
     """
     end_B11 = end_B[:, None, None]
     column_T = torch.arange(evicted_at_LBGT.shape[-1], device=end_B.device)
@@ -484,74 +459,75 @@ def finished_record(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
     return evicted_at_LBGT.masked_fill(column_T >= end_B11, 0)
 
 
-def replay(
-    model: TinyModel, rollout: Rollout, *records_LBGT: Tensor, backend: str | None = None, seam: Callable = lambda x: x
-) -> list[Tensor]:
-    """For each record, the hidden states (X, C) that predict the response tokens from what their queries see under it.
+# --- 4. the learner's forward pass under a shadow mask ---
 
-    Under `rollout.evicted_at_LBGT` their logits are π_shadow, under `rollout.never_evicted_LBGT` π_dense. The prompts
-    are computed once, dense like the sampler's; the x-th row belongs to the x-th True of `rollout.mask_BR`.
-    An evicted token stays in the sequence and has its own row: only later queries cannot see it. Leaving it out would
-    change the keys that were kept, for those above the first layer were computed while it was still visible.
-    seam: between the prompts and the responses, whose backward passes then run one after the other.
+
+def replay(model: TinyModel, rollout: Rollout, *masks_LBGT: Tensor, backend: str | None = None) -> list[Tensor]:
+    """For each mask, the hidden states (X, C) that predict the response tokens.
+
+    Under `rollout.evicted_at_LBGT` their log-probs are those of π_shadow, under `rollout.never_evicted_LBGT` those of
+    π_dense. Row x belongs to the x-th True of `rollout.mask_BR`. backend: of `shadow_attention`.
+
+    Two things must not be simplified. An evicted token stays in the sequence, hidden from later queries only: above the
+    first layer, the keys that were kept depend on it. And keys keep their true RoPE positions.
     """
-    (N, P), (B, R) = rollout.prompt_NP.shape, rollout.response_BR.shape
-    # under a further record, a prompt has as many samples more: all of them go through the layers together
-    tracks, S = len(records_LBGT), B // N
-    # the last token is only ever predicted, by the token before it
-    seen = Record(*(record[..., : P + R - 1] for record in records_LBGT), prompts=N)
-    padding_N = rollout.pad_N if rollout.pad_N.any() else None
-    prompt_keys = []
+    P, S = rollout.prompt_NP.shape[1], len(rollout.response_BR) // len(rollout.prompt_NP)
+    prompt_BP, pad_B = (x.repeat_interleave(S, dim=0) for x in (rollout.prompt_NP, rollout.pad_N))
+    padding_B = pad_B if pad_B.any() else None
+    tokens_BT = torch.cat((prompt_BP, rollout.response_BR[:, :-1]), dim=1)  # the last token is predicted only
+    T = tokens_BT.shape[1]
 
-    def attend_in_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt_keys.append((seam(k), seam(v)))
-        return causal_attention(q, k, v, padding_N)
+    def hidden_under(mask_LBGT: Tensor) -> Tensor:
+        mask = ShadowMask(mask_LBGT[..., :T])
 
-    def attend_behind_prompts(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shadow_attention(q, k, v, seen[l], q_start=P, backend=backend, shared=prompt_keys[l])
+        def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # nothing is evicted before the prompt ends, so its queries attend as in the sampler's prefill
+            prompt_BHPD = causal_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], padding_B)
+            response_BHRD = shadow_attention(q[:, :, P:], k, v, mask[l], q_start=P, backend=backend)
+            return torch.cat((prompt_BHPD, response_BHRD), dim=2)
 
-    # all tokens in one lookup, because the gradient of each is as large as the table
-    tokens = torch.cat((rollout.prompt_NP.flatten(), rollout.response_BR[:, :-1].flatten()))
-    of_prompts, of_responses = model.embed_tokens(tokens).tensor_split([N * P])
-    hidden_NPC = model.extend(of_prompts.unflatten(0, (N, P)), rope_positions(rollout.pad_N, P), attend_in_prompts)
-    first_B1C = seam(hidden_NPC[:, -1:]).repeat_interleave(tracks * S, dim=0)
-    of_samples = seam(of_responses).view(N, 1, S, R - 1, model.config.width)
-    response_BRC = of_samples.expand(-1, tracks, -1, -1, -1).flatten(0, 2)
-    position_BR = rope_positions(rollout.pad_N, P + R - 1)[:, P:].repeat_interleave(tracks * S, dim=0)
-    later_BRC = model.extend(response_BRC, position_BR, attend_behind_prompts)
-    hidden_BRC = torch.cat((first_B1C, later_BRC), dim=1)
-    return [track.flatten(0, 1)[rollout.mask_BR] for track in hidden_BRC.unflatten(0, (N, tracks, S)).unbind(1)]
+        hidden_BTC = model.extend(model.embed_tokens(tokens_BT), rope_positions(pad_B, T), attend)
+        return hidden_BTC[:, P - 1 :][rollout.mask_BR]
+
+    return [hidden_under(mask_LBGT) for mask_LBGT in masks_LBGT]
 
 
-def by_parts(f: Callable, model: TinyModel, rollout: Rollout, *hidden: Tensor) -> list[Tensor]:
-    """What f makes of the response tokens (X,) and of the log-probs (X, V) that each of `hidden` (X, C) leads to.
+def chunked(f: Callable[..., tuple[Tensor, ...]], vocab: int, *rows: Tensor) -> list[Tensor]:
+    """f of all rows, in chunks, because f makes logits. The backward pass computes the logits of each chunk again."""
+    chunks = math.ceil(len(rows[0]) * vocab / LOGITS_PER_CHUNK.get(rows[0].device.type, 2**23))
+    if chunks <= 1:
+        return list(f(*rows))
+    # chunks of equal size, because a library may sum the rows of a small matrix in another order
+    parts = zip(*(x.tensor_split(chunks) for x in rows), strict=True)
+    results = [checkpoint(f, *part, use_reentrant=False) for part in parts]
+    return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
 
-    Of many tokens some at a time, and the backward pass makes their logits again: all are never there at once.
-    """
 
-    def part(token_x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-        # in one product, because its gradient is as large as the table of tokens
-        return f(token_x, *model.log_probs(torch.stack(hidden)))
+def gather_logp(logp_XV: Tensor, token_X: Tensor) -> Tensor:
+    return logp_XV.gather(-1, token_X[:, None])[:, 0]
 
-    rows = rollout.response_BR[rollout.mask_BR], *hidden
-    count = math.ceil(len(rows[0]) * model.config.vocab / LOGITS)
-    if count == 1:
-        return list(part(*rows))
-    # of equal size: a library may sum the rows of a small one in another order
-    parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
-    found = [checkpoint(part, *some, use_reentrant=False) for some in parts]
-    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+def unpack(x_X: Tensor, mask_BR: Tensor) -> Tensor:
+    """One number per response token as (B, R), zero past the end."""
+    return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
 
 
 def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tensor:
     """Log-probs (B, R) of the response tokens; zero past the end."""
-    (logp_X,) = by_parts(lambda token_X, logp_XV: (of_tokens(logp_XV, token_X),), model, rollout, hidden_XC)
-    return spread(logp_X, rollout.mask_BR)
+    rows = rollout.response_BR[rollout.mask_BR], hidden_XC
+    (logp_X,) = chunked(lambda x, hidden: (gather_logp(model.log_probs(hidden), x),), model.config.vocab, *rows)
+    return unpack(logp_X, rollout.mask_BR)
 
 
-# Down to `kl_divergence`: plain tensors, to be lifted into another trainer, ValueError where their shapes differ.
-# log_ratio_BR is the log of ρ = π_dense / π_sparse at rollout time, the learner's log-prob less the sampler's; zero
-# where mask_BR is False.
+# --- 5. importance weights: the corrections that the method makes unnecessary ---
+# From here to `kl_divergence`, functions of plain tensors that can be lifted into another trainer. log_ratio_BR is
+# log ρ, the learner's dense log-prob less the sampler's at rollout time, and zero where mask_BR is False.
+
+
+def same_shape(**tensors: Tensor) -> None:
+    """ValueError unless these have one shape: broadcasting would turn a mistake into another loss."""
+    if len({x.shape for x in tensors.values()}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
 
 
 def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
@@ -561,54 +537,65 @@ def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
 
 
 def sequence_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
-    """w = min(Π_t ρ_t, cap), the same for all tokens of a sequence; untruncated, it is unbiased for π_dense."""
+    """w = min(Π_t ρ_t, cap), the same for all tokens of a sequence; without a cap it is unbiased for π_dense."""
     same_shape(log_ratio=log_ratio_BR, mask=mask_BR)
     return log_ratio_BR.sum(dim=1, keepdim=True).exp().clamp(max=cap).expand_as(log_ratio_BR)
 
 
 def sparse_rl(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
-    """w_t = min(ρ_t, cap), 0 in a sequence with any ρ_t < 1e-4, over the batch's mean (Sparse-RL, 2601.10079)."""
-    weight_BR = token_is(log_ratio_BR, mask_BR, cap) * (log_ratio_BR >= math.log(1e-4)).all(dim=1, keepdim=True)
-    return weight_BR / weight_BR[mask_BR].mean().clamp(min=1e-9)
+    """w_t = min(ρ_t, cap), and 0 in a sequence with any ρ_t < 1e-4 (Sparse-RL, 2601.10079).
+
+    Sparse-RL also divides by the batch's mean weight: `Method.mean_one`.
+    """
+    return token_is(log_ratio_BR, mask_BR, cap) * (log_ratio_BR >= math.log(1e-4)).all(dim=1, keepdim=True)
 
 
 class Method(NamedTuple):
-    evicts: bool  # does the sampler forget
-    replays: bool  # does the learner see what the sampler saw, and call the recorded log-prob the old one
+    evicts: bool  # does the sampler evict?
+    replays: bool  # does the learner apply the sampler's mask, and take the recorded log-probs as the old ones?
     weight: Callable[[Tensor, Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
-    cap: float | None = None  # the weight's truncation
+    cap: float = math.inf  # the weight's truncation
+    mean_one: bool = False  # divide the weights by their mean over the batch's tokens
 
 
 METHODS = {
     "dense": Method(evicts=False, replays=False),
-    "naive": Method(evicts=True, replays=False),  # sampled sparse, learned dense, as if they were one policy
+    "naive": Method(evicts=True, replays=False),  # samples sparse and learns dense, as if they were one policy
     "tis": Method(evicts=True, replays=False, weight=token_is, cap=2.0),
-    # all but untruncated: beyond, float32 could not hold the square of a gradient
+    # practically untruncated; beyond 1e15, float32 cannot hold the square of a gradient
     "seq_is": Method(evicts=True, replays=False, weight=sequence_is, cap=1e15),
-    "sparse_rl": Method(evicts=True, replays=False, weight=sparse_rl, cap=1.5),
+    "sparse_rl": Method(evicts=True, replays=False, weight=sparse_rl, cap=1.5, mean_one=True),
     "smd": Method(evicts=True, replays=True),
 }
 
 
+# --- 6. advantage, policy loss and KL ---
+
+
 def group_advantage(reward_NS: Tensor, norm_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """(r - mean) / (std + eps) in a prompt's samples (GRPO, 2402.03300), or r - mean (Dr. GRPO, 2503.20783): (N, S)."""
+    """(r - mean) / (std + eps) within a prompt's samples (GRPO, 2402.03300), or r - mean (Dr. GRPO, 2503.20783)."""
     if reward_NS.ndim != 2:
         raise ValueError(f"rewards must be (N, S), a row for each prompt, got {tuple(reward_NS.shape)}")
-    centred_NS = reward_NS - reward_NS.mean(dim=1, keepdim=True)
-    return centred_NS / (reward_NS.std(dim=1, keepdim=True, correction=0) + eps) if norm_std else centred_NS
+    r_NS = reward_NS.double()
+    centred_NS = r_NS - r_NS.mean(dim=1, keepdim=True)
+    std_N1 = r_NS.std(dim=1, keepdim=True, correction=0)
+    advantage_NS = centred_NS / (std_N1 + eps) if norm_std else centred_NS
+    # rewards that differ by a few float32 roundings of the largest are equal: their spread would amplify noise
+    equal_N1 = std_N1 <= ROUNDING * r_NS.abs().amax(dim=1, keepdim=True)
+    return advantage_NS.masked_fill(equal_N1, 0.0).to(at_least_float32(reward_NS.dtype))
 
 
 def policy_loss(
     logp_BR: Tensor, old_logp_BR: Tensor, advantage_BR: Tensor, weight_BR: Tensor, mask_BR: Tensor,
-    clip: float, longest: int,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / (B · longest), r = exp(logp - old); and the share of tokens clipped."""
+    clip: float, denominator: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-Σ w min(r A, clip(r, 1 - ε, 1 + ε) A) / denominator, r = exp(logp - old); and which tokens were clipped."""
     same_shape(logp=logp_BR, old_logp=old_logp_BR, advantage=advantage_BR, weight=weight_BR, mask=mask_BR)
     ratio_BR = (logp_BR - old_logp_BR).exp()
-    free_BR = ratio_BR * advantage_BR
+    unclipped_BR = ratio_BR * advantage_BR
     clipped_BR = ratio_BR.clamp(1 - clip, 1 + clip) * advantage_BR
-    loss = -(weight_BR * free_BR.minimum(clipped_BR) * mask_BR).sum() / (len(logp_BR) * longest)
-    return loss, ((clipped_BR < free_BR) & mask_BR).sum().item() / mask_BR.sum().item()
+    loss = -(weight_BR * unclipped_BR.minimum(clipped_BR) * mask_BR).sum() / denominator
+    return loss, (clipped_BR < unclipped_BR) & mask_BR
 
 
 def kl_divergence(p_logp_XV: Tensor, q_logp_XV: Tensor) -> Tensor:
@@ -617,259 +604,145 @@ def kl_divergence(p_logp_XV: Tensor, q_logp_XV: Tensor) -> Tensor:
     return (p_logp_XV.exp() * (p_logp_XV - q_logp_XV)).sum(dim=-1)
 
 
-@torch.no_grad()
-def diagnose(model: TinyModel, rollout: Rollout, backend: str | None) -> dict:
-    """How far π_dense is from π_sparse on the sampled prefixes, by one pass without gradients."""
+# --- 7. one training step ---
 
-    def compare(token_X: Tensor, shadow_XV: Tensor, dense_XV: Tensor) -> tuple[Tensor, ...]:
-        overlap_X = shadow_XV.minimum(dense_XV).exp().sum(dim=-1)
-        drawn = of_tokens(shadow_XV, token_X), of_tokens(dense_XV, token_X)
-        return *drawn, kl_divergence(shadow_XV, dense_XV), overlap_X
 
-    mine = rollout.of_this_process()
-    hidden = replay(model, mine, mine.evicted_at_LBGT, mine.never_evicted_LBGT, backend=backend)
-    found_BRF = torch.stack([spread(x, mine.mask_BR) for x in by_parts(compare, model, mine, *hidden)], dim=-1)
-    shadow_X, dense_X, kl_X, overlap_X = parallel.joined(found_BRF)[rollout.mask_BR].unbind(-1)
-    drawn_X = rollout.logp_BR[rollout.mask_BR]
-    log_ratio_X = dense_X.double() - drawn_X
-    log_ratio_B = spread(log_ratio_X, rollout.mask_BR).sum(dim=1)
-    found = dict(replay_error=(shadow_X - drawn_X).abs().max().item(), dense_error=log_ratio_X.abs().max().item())
-    found |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
-    for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
-        found[f"ess_{name}"] = effective_share(log_weight_n)
-        found[f"max_weight_{name}"] = log_weight_n.max().clamp(max=700).exp().item()  # e^710 is beyond float64
-    return found
+@dataclass(frozen=True)
+class Runtime:
+    """How a step is computed. None of this changes a result by more than rounding."""
+
+    sample: Callable[..., Rollout] = sample
+    replay: Callable[..., list[Tensor]] = replay
+    backend: str | None = None  # of `shadow_attention`
+    all_sum: Callable[[Sequence[Tensor]], None] = lambda tensors: None  # sums tensors over all processes, in place
+
+
+class Totals(NamedTuple):
+    """What the means of a loss are divided by, so that the losses of parts add up to that of the whole batch."""
+
+    sequences: int
+    tokens: int
+    pairs: int  # prompts whose samples have different rewards, which DPO compares
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout and all that is settled before the first update on it; what does not apply is None."""
+    """A rollout, and what is computed once before the first update on it."""
 
     rollout: Rollout
     reward_B: Tensor
     old_logp_BR: Tensor
     weight_BR: Tensor
-    advantage_BR: Tensor
-    value_BR: Tensor | None
-    return_BR: Tensor | None
-    ref_logp_BR: Tensor | None
+    extra: dict[str, Tensor]  # what the objective needs besides, a row for each sequence
 
-    @property
-    def counts(self) -> Counts:
-        return Counts.of(self.rollout.mask_BR, self.reward_B.view(len(self.rollout.prompt_NP), -1))
+    def totals(self, runtime: Runtime) -> Totals:
+        """Of this batch in all processes."""
+        reward_NS, tokens = self.reward_B.view(len(self.rollout.pad_N), -1), self.rollout.mask_BR.sum()
+        pairs = (reward_NS.amax(dim=1) > reward_NS.amin(dim=1)).sum()
+        totals = torch.stack((torch.full_like(tokens, len(self.reward_B)), tokens, pairs))
+        runtime.all_sum([totals])
+        return Totals(*totals.tolist())
 
-    def of_prompts(self, n: Tensor) -> "Batch":
-        """The part of these prompts and of all their samples."""
-        rest = [getattr(self, f.name) for f in dataclasses.fields(self)[1:]]
-        N = len(self.rollout.pad_N)
-        of_n = [None if x is None else x.unflatten(0, (N, -1))[n].flatten(0, 1) for x in rest]
-        return Batch(self.rollout.of_prompts(n), *of_n)
+
+@dataclass(frozen=True)
+class GRPO:
+    """The default objective: group baseline and clipped ratio. harness/objectives.py has PPO and DPO in this form."""
+
+    norm_std: bool = True  # False: Dr. GRPO
+    clip: float = 0.2  # PPO's ε
+
+    def prepare(self, model, rollout: Rollout, seen_LBGT: Tensor, reward_B: Tensor, runtime: Runtime) -> dict:
+        """What `loss` needs of a rollout, computed once: tensors with a row for each sequence."""
+        advantage_NS = group_advantage(reward_B.view(len(rollout.pad_N), -1), self.norm_std)
+        return {"advantage_BR": advantage_NS.reshape(-1, 1).expand_as(rollout.mask_BR)}
+
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+        """The policy-gradient loss, and which tokens were clipped."""
+        terms = batch.old_logp_BR, batch.extra["advantage_BR"], batch.weight_BR, batch.rollout.mask_BR
+        return policy_loss(logp_BR, *terms, self.clip, totals.sequences * longest)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a training step computes."""
+
+    method: str = "smd"
+    objective: GRPO = GRPO()
+    eviction: Eviction = Eviction("snapkv", Fraction(65, 100))
+    samples: int = 8  # per prompt: the group of GRPO
+    max_new: int = 16  # longest response
+    eos: int | tuple[int, ...] = -1  # tokens that end a response
+    lam: float = 0.1  # weight λ of track 2
 
 
 @torch.no_grad()
-def prepare(policy: Policy, rollout: Rollout, reward_B: Tensor, s: Settings) -> Batch:
-    """Old log-probs, weights, advantages, values and reference log-probs, with the policy as it sampled."""
-    method, mask_BR = METHODS[s.method], rollout.mask_BR
-    mine = rollout.of_this_process()
-    seen_LBGT = mine.evicted_at_LBGT if method.replays else mine.never_evicted_LBGT
-    old_logp_BR = rollout.logp_BR  # which is its own for a learner that replays
-    value_BR = return_BR = ref_logp_BR = None
-    if not method.replays or policy.critic is not None:
-        (hidden_XC,) = replay(policy.model, mine, seen_LBGT, backend=s.backend)
-        if not method.replays:
-            old_logp_BR = parallel.joined(response_logp(policy.model, mine, hidden_XC))
-        if policy.critic is not None:
-            value_BR = parallel.joined(spread(policy.value(hidden_XC), mine.mask_BR))
-    if policy.reference is not None:
-        (hidden_XC,) = replay(policy.reference, mine, seen_LBGT, backend=s.backend)
-        ref_logp_BR = parallel.joined(response_logp(policy.reference, mine, hidden_XC))
+def prepare(model: TinyModel, rollout: Rollout, reward_B: Tensor, config: Config, runtime: Runtime) -> Batch:
+    """Old log-probs and importance weights under the policy as it sampled, and what the objective adds."""
+    method, mask_BR = METHODS[config.method], rollout.mask_BR
+    seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
+    old_logp_BR = rollout.logp_BR  # a learner that replays has the recorded log-probs
+    if not method.replays:
+        (hidden_XC,) = runtime.replay(model, rollout, seen_LBGT, backend=runtime.backend)
+        old_logp_BR = response_logp(model, rollout, hidden_XC)
     weight_BR = torch.ones_like(rollout.logp_BR)
     if method.weight is not None:
         weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, method.cap)
-    if value_BR is None:
-        reward_NS = reward_B.view(len(rollout.prompt_NP), -1)
-        advantage_NS = group_advantage(reward_NS, norm_std=s.objective != "dr_grpo")
-        advantage_BR = advantage_NS.reshape(-1, 1).expand_as(mask_BR)
-    else:
-        advantage_BR = gae(reward_B, value_BR, mask_BR, GAE_LAMBDA)
-        return_BR = advantage_BR + value_BR
-        advantage_X = advantage_BR[mask_BR]  # normalised over the batch's tokens, as PPO usually does
-        advantage_BR = (advantage_BR - advantage_X.mean()) / (advantage_X.std(correction=0) + 1e-6)
-    return Batch(rollout, reward_B, old_logp_BR, weight_BR, advantage_BR, value_BR, return_BR, ref_logp_BR)
+    if method.mean_one:
+        total, count = weight_BR[mask_BR].sum(), mask_BR.sum().to(weight_BR.dtype)
+        runtime.all_sum([total, count])
+        weight_BR = weight_BR / (total / count).clamp(min=1e-9)
+    extra = config.objective.prepare(model, rollout, seen_LBGT, reward_B, runtime)
+    return Batch(rollout, reward_B, old_logp_BR, weight_BR, extra)
 
 
-CHOICES = VALUES | dict(method=METHODS, eviction=EVICTIONS)
-
-
-def learner_loss(
-    policy: Policy, batch: Batch, s: Settings, whole: Counts | None = None, seam: Callable = lambda x: x
-) -> tuple[Tensor, dict]:
-    """The loss of s.method and s.objective on a batch, and figures for the log.
-
-    whole: the counts of the batch of which this is a part. Then each mean of the loss weighs as much as the part's
-    share of what it is taken over, so that the losses of all parts add up to that of the whole. seam: see `replay`.
-    """
-    method, rollout, model = METHODS[s.method], batch.rollout, policy.model
-    mask_BR = rollout.mask_BR
-    share = batch.counts.over(whole or batch.counts)
+def learner_loss(model: TinyModel, batch: Batch, totals: Totals, config: Config, runtime: Runtime) -> tuple:
+    """The loss of a batch, or of a part of it, and figures for the log, which add up over the parts."""
+    method, rollout, mask_BR = METHODS[config.method], batch.rollout, batch.rollout.mask_BR
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
-    track_2 = method.replays and s.lam > 0
-    records = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
-    hidden = replay(model, rollout, *records, backend=s.backend, seam=seam)
+    track_2 = method.replays and config.lam > 0
+    masks = (seen_LBGT, rollout.never_evicted_LBGT) if track_2 else (seen_LBGT,)
+    hidden = runtime.replay(model, rollout, *masks, backend=runtime.backend)
 
-    def figures(token_X: Tensor, logp_XV: Tensor, dense_XV: Tensor | None = None) -> tuple[Tensor, ...]:
-        fixed_XV = logp_XV.detach()
-        entropy_X = -(fixed_XV.exp() * fixed_XV).sum(dim=-1)
-        # no gradient reaches the target's logits, but both policies share their weights: a bad sparse policy (λ = 1, a
-        # budget too small) drags the dense one down. Reward and KL fall together then
-        kl_X = kl_divergence(dense_XV, fixed_XV) if track_2 else torch.zeros_like(entropy_X)
-        return of_tokens(logp_XV, token_X), entropy_X, kl_X
+    def per_token(token_x: Tensor, hidden_xC: Tensor, dense_xC: Tensor | None = None) -> tuple[Tensor, ...]:
+        logp_xV = model.log_probs(hidden_xC)
+        target_xV = logp_xV.detach()  # track 2 sends no gradient into π_shadow
+        entropy_x = -(target_xV.exp() * target_xV).sum(dim=-1)
+        kl_x = kl_divergence(model.log_probs(dense_xC), target_xV) if track_2 else torch.zeros_like(entropy_x)
+        return gather_logp(logp_xV, token_x), entropy_x, kl_x
 
-    logp_X, entropy_X, kl_X = by_parts(figures, model, rollout, *hidden)
-    logp_BR = spread(logp_X, mask_BR)
-    if s.objective == "dpo":
-        reward_NS = batch.reward_B.view(len(rollout.prompt_NP), -1)
-        loss = share.pairs * dpo_loss(logp_BR.sum(dim=1), batch.ref_logp_BR.sum(dim=1), reward_NS, DPO_BETA)
-        clip_fraction = 0.0
-    else:
-        surrogate = logp_BR, batch.old_logp_BR, batch.advantage_BR, batch.weight_BR, mask_BR
-        loss, clip_fraction = policy_loss(*surrogate, CLIP, s.max_new)
-        loss = share.sequences * loss
-    if policy.critic is not None:
-        value_BR = spread(policy.value(hidden[0]), mask_BR)
-        of_values = value_loss(value_BR, batch.value_BR, batch.return_BR, mask_BR, CLIP)
-        loss = loss + share.tokens * VALUE_COEF * of_values
-    if track_2:
-        loss = loss + share.tokens * s.lam * kl_X.mean()
-    if s.kl_ref:
-        loss = loss + share.tokens * s.kl_ref * k3(logp_BR, batch.ref_logp_BR, mask_BR)
-    row = dict(loss=loss.item(), clip_fraction=share.tokens * clip_fraction)
-    row["entropy"] = share.tokens * entropy_X.mean().item()
+    logp_X, entropy_X, kl_X = chunked(per_token, model.config.vocab, rollout.response_BR[mask_BR], *hidden)
+    logp_BR = unpack(logp_X, mask_BR)
+    loss, clipped_BR = config.objective.loss(batch, logp_BR, hidden[0], config.max_new, totals)
+    loss = loss + config.lam * kl_X.sum() / totals.tokens
+    clip_fraction, entropy = clipped_BR.sum() / totals.tokens, entropy_X.sum() / totals.tokens
+    row = dict(loss=loss.detach(), clip_fraction=clip_fraction, entropy=entropy)
     if method.replays or not method.evicts:
-        row["replay_error"] = (logp_BR - rollout.logp_BR).abs().max().item()
+        row["replay_error"] = (logp_BR.detach() - rollout.logp_BR).abs().max()
     return loss, row
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings, step: int) -> dict:
-    """s.epochs times s.minibatches gradient steps; FloatingPointError where a loss or a gradient is not finite."""
-    N = len(batch.rollout.prompt_NP)
-    rng = streams.numpy_stream(s.seed, streams.MINIBATCHES, step)
-    rows = []
-    for _ in range(s.epochs):
-        order_N = rng.permutation(N) if s.minibatches > 1 else range(N)
-        for n in torch.tensor(order_N, device=batch.reward_B.device).tensor_split(s.minibatches):
-            row = gradient(policy, batch.of_prompts(n), s)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            if not (math.isfinite(row["loss"]) and norm.isfinite()):
-                raise FloatingPointError(f"the loss is {row['loss']}, the norm of its gradient {norm.item()}")
-            optimizer.step()
-            optimizer.zero_grad()  # here, because memory is short when the next rollout is drawn and scored
-            torch.clear_autocast_cache()  # it would go on with the old weights
-            rows.append(row | {"grad_norm": norm.item()})
-    # loss, entropy and replay error are those before the first update, of its part; the other two are means
-    return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
+def train_step(
+    model: TinyModel, optimizer: torch.optim.Optimizer, prompt_NP: Tensor, pad_N: Tensor,
+    reward: Callable[[Rollout], Tensor], config: Config, runtime: Runtime = Runtime(),
+) -> dict[str, float]:  # fmt: skip
+    """Sample, score, learn: one update on these prompts, and figures for the log.
 
-
-def gradient(policy: Policy, batch: Batch, s: Settings) -> dict:
-    """Add up the gradient of the loss, s.accumulate parts of the prompts one after the other; figures for the log.
-
-    Of several processes each takes its share of the prompts, and all get the sum.
+    prompt_NP, pad_N: as in `sample`. reward(rollout): a float tensor (B,), the reward of each response. A run takes
+    several updates per rollout, accumulates gradients and adds processes in `harness.train.update`.
     """
-    whole = batch.counts
-    rows = []
-    for n in parallel.share_of(batch.rollout.pad_N).tensor_split(s.accumulate):
-        seam = Seam()
-        with device.precision(s):
-            loss, row = learner_loss(policy, batch.of_prompts(n), s, whole, seam)
-        seam.backward(loss)
-        rows.append(row)
-    parallel.add_gradients(policy.parameters())
-    rows = parallel.listed(rows)
-    total = {name: max if name == "replay_error" else sum for name in rows[0]}
-    return {name: total[name](row[name] for row in rows) for name in rows[0]}
-
-
-def agent_for(s: Settings) -> Agent:
-    """Task, model and sampler; UsageError where they do not fit, before anything is computed or written."""
-    return Agent(s, sample, Eviction(s.eviction, s.budget, s.interval, s.window, s.sinks, s.pool, s.protect))
-
-
-def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, reward: Callable, step: int) -> dict:
-    """Sample, score, diagnose, learn: one row of metrics.jsonl."""
-    s = agent.s
-    watch = device.Stopwatch(s.device)
-    examples, key_N = agent.draw(step)
-    mine = parallel.share(len(examples))
-
-    def sample_mine() -> tuple[Rollout, list[str], list[float]]:
-        rollout, texts = agent.respond(examples, s.samples, METHODS[s.method].evicts, key_N, mine)
-        return rollout, texts, tasks.score(reward, examples[mine], texts)
-
-    rollout, *lists = parallel.agreed(sample_mine)
-    rollout = rollout.of_all_processes()
-    texts, rewards = map(parallel.listed, lists)
-    row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=tasks.accuracy(agent.task, texts, examples))
-    watch.lap("sample")
-    due = (step - 1) % DIAGNOSE_EVERY == 0
-    reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-    optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / max(1, LR_WARMUP))
-    with device.precision(s):
-        diagnosis = diagnose(policy.model, rollout, s.backend) if due else {}
-        watch.lap("diag")
-        batch = prepare(policy, rollout, reward_B, s)
-    learned = update(policy, optimizer, batch, s, step)
-    agent.check_finite()
-    watch.lap("learn")
-    return row | dict(replay_error=None) | learned | diagnosis | report.of_rollout(rollout) | watch.seconds
-
-
-def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None) -> dict:
-    """Warm up, evaluate, train, evaluate. Leaves its files in settings.out; returns what summary.json holds.
-
-    reward(prompt, response, answer) -> float may be a verifier, a reward model, an AI judge; None: the task's own. It
-    is tried once first. UsageError for what cannot be used, FloatingPointError where something is not finite.
-    """
-    s = checked(settings)
-    parallel.begin(s.device)
-    run = runs.Run(s)
-    agent = parallel.agreed(agent_for, s)
-    reward = reward or agent.task.reward
-    parallel.agreed(tasks.check_reward, reward, agent.task.held_out(1)[0])
-    policy = Policy(agent.model, s)
-    optimizer = policy.optimizer(s.lr)
-    with run:
-        if not run.resume(policy, optimizer):
-            base.load_base(agent)
-            if policy.reference is not None:
-                policy.reference.load_state_dict(agent.model.state_dict())
-            run.start(agent.evaluate(), policy, optimizer)
-        with report.Progress("training", s.steps, len(run.rows)) as progress:
-            for step in range(len(run.rows) + 1, s.steps + 1):
-                with run.naming(step):
-                    row = train_step(agent, policy, optimizer, reward, step)
-                    if s.eval_every and step % s.eval_every == 0:
-                        row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
-                    run.log(row, policy, optimizer)
-                progress.step(reward=row["reward"], accuracy=row["accuracy"])
-        after = run.evaluated() or agent.evaluate()
-        parallel.by_first(agent.leave, run.out)
-        return run.finish(after, agent.task.held_out(1)[0].prompt)
-
-
-def main(argv: list[str] | None = None) -> int:
-    def run() -> None:
-        settings = runs.parse(Settings, CHOICES, __doc__.splitlines()[0], argv)
-        if settings.prompt is None:
-            train(settings)
-        else:
-            agent = agent_for(checked(settings))
-            if settings.resume:
-                runs.check_same(agent.s, runs.fingerprint(agent.s))
-                files.restore(Path(settings.out) / "checkpoint.pt", Policy(agent.model, agent.s))
-            print(agent.answer(settings.prompt))
-
-    return cli.run_command(run, "smd.py", speaks=parallel.LOCAL_RANK == 0)
+    eviction = config.eviction if METHODS[config.method].evicts else None
+    rollout = runtime.sample(model, prompt_NP, pad_N, config.samples, config.max_new, config.eos, eviction)
+    reward_B = reward(rollout)
+    batch = prepare(model, rollout, reward_B, config, runtime)
+    loss, row = learner_loss(model, batch, batch.totals(runtime), config, runtime)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: x.item() for name, x in dict(row, reward=reward_B.mean(), grad_norm=norm).items()}
 
 
 if __name__ == "__main__":
+    from harness.train import main
+
     sys.exit(main())

@@ -1,11 +1,10 @@
-"""A decoder-only transformer of the Llama/Qwen family, small enough to read in one sitting.
+"""A decoder-only transformer of the Llama family, small enough to read in one sitting.
 
 Pre-norm blocks, x += Attention(RMSNorm(x)) and x += SwiGLU(RMSNorm(x)), rotary positions in the half-rotation
-convention, grouped-query attention. Parameters carry the names of Hugging Face's `LlamaModel` (also `Qwen2Model` and
-`Qwen3Model`), so that checkpoints of these families load by name.
+convention, grouped-query attention, a tied output head. Parameters carry the names of Hugging Face's `LlamaModel`.
 
-What a query may see is not this file's business. A layer hands q, k and v to `attend`, which returns the attention
-output: the full pass attends to its own keys, the sampler to a small cache, the learner to prompts it computed once.
+Which keys a query sees is decided outside of this file. A layer hands q, k and v to `attend`, which returns the
+attention output: the full pass attends to its own keys, the sampler to a compressed KV cache.
 
 Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary.
 """
@@ -17,11 +16,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from kernel import NEVER, Record, shadow_attention
+from kernel import NEVER, ShadowMask, shadow_attention
 
-# attend(l, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: what layer l's new queries read, given their own new keys and values
+# attend(l, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: the attention output of layer l's queries for these tokens
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,23 +33,19 @@ class ModelConfig:
     ffn: int = 352
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = False  # Qwen2 has it
-    qk_norm: bool = False  # RMSNorm of each head's query and key: Qwen3 has it
-    tied: bool = True  # the output head shares the embedding's weights
-    size_of_head: int | None = None  # None: width / heads
 
     @property
     def head_dim(self) -> int:
-        return self.size_of_head or self.width // self.heads
+        return self.width // self.heads
 
 
 def never_evicted(pad_B: Tensor, T: int) -> Tensor:
-    """evicted_at (B, 1, T) of left-padded sequences that keep all their keys: 0 for padding, else NEVER."""
+    """evicted_at (B, 1, T) of left-padded sequences under a full cache: 0 for padding, else NEVER."""
     return torch.where(torch.arange(T, device=pad_B.device) < pad_B[:, None], 0, NEVER).to(torch.int32)[:, None]
 
 
 def rope_positions(pad_B: Tensor, T: int) -> Tensor:
-    """Positions (B, T) of left-padded sequences: the column less the padding before it; padding itself stands at 0."""
+    """RoPE positions (B, T) of left-padded sequences: the column less the padding before it; 0 for padding."""
     return (torch.arange(T, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
 
 
@@ -69,49 +63,45 @@ def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
     return x_BHTD * cos_B1TD + torch.cat((-hi, lo), dim=-1) * sin_B1TD
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 or better: what log-probs, KLs, weights and sums of attention are in, whatever the model computes in."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type of log-probs, KLs, weights and sums, whatever the model computes in."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor | None) -> Tensor:
-    """Dense attention of q (B, H, T, D) to k and v (B, G, T, D), by torch's own kernel; rows of padding hold anything.
+    """Dense causal attention of q (B, H, T, D) to k and v (B, G, T, D); the output in padding columns is undefined.
 
-    pad_B: None where there is no padding, which the caller finds out once, because CUDA makes it wait for the answer.
-    Sampler and learner make this same call for the prompts, so that in the model's own type they agree to the bit.
+    pad_B: left padding, None where there is none (looking at pad_B in every layer would synchronise CUDA each time).
+    Sampler and learner make this same call for the prompts, so that they agree to the bit in the model's own type.
     """
 
-    def turn(x_BHTD: Tensor, by_B: Tensor) -> Tensor:
-        at_BT = (torch.arange(x_BHTD.shape[2], device=by_B.device) + by_B[:, None]) % x_BHTD.shape[2]
-        return x_BHTD.gather(2, at_BT[:, None, :, None].expand_as(x_BHTD))
+    def roll(x_BHTD: Tensor, shift_B: Tensor) -> Tensor:
+        column_BT = (torch.arange(x_BHTD.shape[2], device=shift_B.device) + shift_B[:, None]) % x_BHTD.shape[2]
+        return x_BHTD.gather(2, column_BT[:, None, :, None].expand_as(x_BHTD))
 
     attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    if q.device.type != "cpu":  # a key for each query head: not all of the fast kernels know groups
+    if q.device.type != "cpu":  # not all of the fast kernels support grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if pad_B is None:
         return attention(q, k, v)
-    # padding is turned round to the end, where no causal row looks: a mask would be T×T and keep off the fast kernels
-    return turn(attention(*(turn(x, pad_B) for x in (q, k, v))), -pad_B)
+    # rolled to the end, padding is hidden by causality: an explicit mask would be T×T and rule out the fast kernels
+    return roll(attention(*(roll(x, pad_B) for x in (q, k, v))), -pad_B)
 
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         projected = (proj(x_BTC) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # keys are stored rotated by their true position, so evicting a neighbour never moves them. Under autocast
-        # rotation is in float32, and what it is applied to is not
+        # keys are rotated by their true position before they are stored, so an eviction never moves the others.
+        # Under autocast the rotation computes in float32
         out_BHTD = attend(rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype), v)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
 
@@ -124,14 +114,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        def down(gate: Tensor, up: Tensor) -> Tensor:
-            return self.down_proj(F.silu(gate) * up)
-
-        gate, up = self.gate_proj(x_BTC), self.up_proj(x_BTC)
-        if not torch.is_grad_enabled():
-            return down(gate, up)
-        # the backward pass makes again what is made of these two: half of what SwiGLU would keep for it
-        return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
 
 
 class Block(nn.Module):
@@ -148,7 +131,7 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Tokens in, final hidden states out; `logits` turns those of them that are needed into logits."""
+    """Tokens in, final hidden states out; `log_probs` takes those that are needed to the vocabulary."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -157,33 +140,30 @@ class TinyModel(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
-        if config.tied:
-            self.lm_head.weight = self.embed_tokens.weight
-        # unit variance in, unit variance out; what writes into the residual stream is scaled by the 2L that do.
-        # GPT-2's flat 0.02 suits a width of 768: at 128 retrieval is learned far later with it
+        self.lm_head.weight = self.embed_tokens.weight  # tied
+        # unit variance in, unit variance out; the 2L projections into the residual stream are scaled by (2L)^-1/2.
+        # with GPT-2's constant 0.02, which suits a width of 768, a width of 128 learns retrieval far later
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.ndim == 2:
+            if p.ndim == 2:
                 std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= (2 * config.layers) ** -0.5
                 nn.init.normal_(p, std=std, generator=generator)
 
     def extend(self, x_BTC: Tensor, position_BT: Tensor, attend: Attend) -> Tensor:
-        """Pass new embedded tokens through all layers, against what `attend` supplies: hidden states (B, T, C)."""
+        """Pass embedded tokens (B, T, C) through all layers with this attention: final hidden states (B, T, C)."""
         rope = rope_tables(position_BT, self.config.head_dim, self.config.rope_theta, x_BTC.dtype)
         for l, layer in enumerate(self.layers):
             x_BTC = layer(x_BTC, rope, partial(attend, l))
         return self.norm(x_BTC)
 
     def forward(self, tokens_BT: Tensor, pad_B: Tensor, evicted_at_LBGT: Tensor, backend: str | None = None) -> Tensor:
-        """Full pass over sequences left-padded by pad_B columns, keys seen until they are evicted: hidden (B, T, C)."""
-        seen = Record(evicted_at_LBGT)
+        """Hidden states (B, T, C) of whole sequences, left-padded by pad_B columns, under a shadow mask."""
+        mask = ShadowMask(evicted_at_LBGT)
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return shadow_attention(q, k, v, seen[l], backend=backend)
+            return shadow_attention(q, k, v, mask[l], backend=backend)
 
         return self.extend(self.embed_tokens(tokens_BT), rope_positions(pad_B, tokens_BT.shape[1]), attend)
 
@@ -191,6 +171,6 @@ class TinyModel(nn.Module):
         return self.lm_head(hidden_XC)
 
     def log_probs(self, hidden_XC: Tensor) -> Tensor:
-        """Over the vocabulary (X, V), in float32 or better."""
+        """Log-probs over the vocabulary (X, V), in float32 or better."""
         logits_XV = self.logits(hidden_XC)
-        return logits_XV.log_softmax(dim=-1, dtype=wide(logits_XV.dtype))
+        return logits_XV.log_softmax(dim=-1, dtype=at_least_float32(logits_XV.dtype))

@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harness import device, parallel, pretrained, runs, streams, tasks
+import smd
+from harness import device, parallel, pretrained, runs, shared, streams, tasks
 from harness.base import SEED
-from harness.cli import UsageError, require
+from harness.cli import UsageError
 from harness.report import Progress, heartbeat
+from harness.settings import parse_budget
 from harness.tasks import TASKS, Example
-from harness.text import Form, check_example, decode, load_encoding, tokenize
+from harness.text import Form, check_example, load_encoding, tokenize
 from tiny_model import ModelConfig, TinyModel
 
 CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
@@ -28,41 +29,47 @@ def swiglu_width(width: int) -> int:
     return 32 * math.ceil(width * 8 / 96)
 
 
-class Agent:
-    """Task, encoding and model of the settings. `sample` and `eviction` are the sampler and what it may keep."""
+class Greedy:
+    """A model that gives its most probable token all of the probability."""
 
-    def __init__(self, settings, sample: Callable, eviction):
-        """Load the task and check it against the settings: nothing is computed or written before this has passed."""
+    def __init__(self, model):
+        self.model, self.extend, self.embed_tokens = model, model.extend, model.embed_tokens
+
+    def log_probs(self, hidden_XC: Tensor) -> Tensor:
+        logp_XV = self.model.log_probs(hidden_XC)
+        return torch.full_like(logp_XV, -1e9).scatter(-1, logp_XV.argmax(dim=-1, keepdim=True), 0.0)
+
+
+class Agent:
+    """Task, encoding, model and eviction of the settings."""
+
+    def __init__(self, settings, plain: bool = False):
+        """Load the task and check it against the settings, before anything is computed or written; UsageError.
+
+        plain: sample and replay by the definition in smd.py, not by the optimised version in harness/shared.py.
+        """
         self.s = s = settings
-        self.sample = sample
-        self.eviction = eviction
-        self.source = None if s.model is None else pretrained.open_model(s.model)
-        if self.source is None:
-            encoding = load_encoding(s.encoding)
-            unit = 2 * ModelConfig.heads
-            require(s.width % unit == 0, f"--width must be a multiple of {unit}, got {s.width}")
-            self.config = ModelConfig(encoding.n_vocab, s.width, ffn=swiglu_width(s.width))
+        versions = (smd.sample, smd.replay) if plain else (shared.sample, shared.replay)
+        self.runtime = smd.Runtime(*versions, s.backend, parallel.all_sum)
+        limits = s.interval, s.window, s.sinks, s.pool, s.protect
+        self.eviction = smd.Eviction(s.eviction, parse_budget(s.budget), *limits)
+        if s.model is None:
+            encoding = load_encoding()
+            self.model = TinyModel(ModelConfig(encoding.n_vocab, s.width, ffn=swiglu_width(s.width)), seed=SEED)
             self.form = Form(encoding)
             self.context = CONTEXT
         else:
-            with pretrained.naming(s.model):
-                self.config = self.source.model_config()
-                self.form = self.source.form(s.template)
-            self.context = self.source.config["max_position_embeddings"]
+            self.model, self.form = pretrained.open_model(s.model, s.template)
+            self.context = self.model.config.context
+        self.config = self.model.config
         device.check(s.device, s.backend, self.config.head_dim)
-        device.faster_products()
-        self.encoding = self.form.encoding
         self.task = TASKS[s.task](s)
         lengths = [check_example(self.form, example, s.max_new, self.context) for example in self.task.examples]
         length, shortest = min(zip(lengths, self.task.examples, strict=True))
         try:
-            eviction.keep(torch.tensor([length]))
+            self.eviction.keep(torch.tensor([length]))
         except ValueError as e:
-            raise UsageError(f"{shortest.where}--{e}") from e
-        self.model = TinyModel(self.config, seed=SEED)
-        if self.source is not None:
-            with pretrained.naming(s.model):
-                self.source.load(self.model)
+            raise UsageError(f"{shortest.where}--{e} of a prompt's {length} tokens") from e
         self.model.to(s.device)
         for layers in (module for module in self.model.modules() if isinstance(module, nn.ModuleList)):
             for layer in layers:
@@ -73,27 +80,42 @@ class Agent:
         examples = self.task.draw(self.s.prompts, streams.numpy_stream(self.s.seed, streams.PROMPTS, step))
         return examples, self.keys(len(examples), self.s.seed, streams.SAMPLING, step)
 
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        c = self.config
+        size = torch.finfo(torch.bfloat16 if self.s.dtype == "bfloat16" else torch.float32).bits // 8
+        return 2 * c.layers * c.kv_heads * c.head_dim * size
+
     def keys(self, count: int, *stream: int) -> Tensor:
         return streams.hashed(*stream, torch.arange(count, device=self.s.device))
 
-    def respond(
-        self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, some: slice = slice(None),
-        max_new: int | None = None,
-    ):  # fmt: skip
-        """So many samples for some of the prompts, grouped by prompt: the rollout, and its responses as text.
+    def tokenize(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
+        return tokenize(self.form, examples, self.s.device)
 
-        All prompts are padded alike, whichever are answered.
-        """
-        prompt_NP, pad_N = tokenize(self.form, examples, self.s.device)
-        limits = samples, max_new or self.s.max_new, self.encoding.eot_token
+    def texts(self, rollout: smd.Rollout) -> list[str]:
+        return [self.form.decode(row) for row in rollout.response_BR.tolist()]
+
+    def respond(
+        self,
+        examples: list[Example],
+        samples: int,
+        evict: bool,
+        key_N: Tensor,
+        max_new: int | None = None,
+        greedy: bool = False,
+    ) -> tuple[smd.Rollout, list[str]]:
+        """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
+        limits = samples, max_new or self.s.max_new, self.form.ends
         eviction = self.eviction if evict else None
         with device.precision(self.s):
-            rollout = self.sample(self.model, prompt_NP[some], pad_N[some], *limits, eviction, key_N[some])
-        return rollout, [decode(self.encoding, row) for row in rollout.response_BR.tolist()]
+            uniform = streams.keyed(key_N, samples)
+            model = Greedy(self.model) if greedy else self.model
+            rollout = self.runtime.sample(model, *self.tokenize(examples), *limits, eviction, uniform)
+        return rollout, self.texts(rollout)
 
     def check_finite(self) -> None:
-        """FloatingPointError where the weights are not finite; what they make of a prompt, the sampler looks at."""
-        # one look at the device for all of them
+        """FloatingPointError where a weight is not finite; the sampler checks the logits."""
         if not torch.stack([x.isfinite().all() for x in self.model.parameters()]).all():
             raise FloatingPointError("the updated policy is not finite")
 
@@ -101,7 +123,7 @@ class Agent:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse cache and with the dense one."""
         held_out = self.task.held_out(self.s.eval_prompts)
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
-        size = EVALUATION_BATCH if self.source is None else PRETRAINED_BATCH
+        size = EVALUATION_BATCH if self.s.model is None else PRETRAINED_BATCH
         batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
         # of several processes, each takes whole batches: so they are those of a single one
         batches = batches[parallel.share(len(batches))]
@@ -116,33 +138,36 @@ class Agent:
         found = {}
         with Progress("evaluation", len(caches) * len(batches), lines=0) as progress:
             for cache in caches:
-                texts = parallel.listed(parallel.agreed(answers, cache))
+                texts = parallel.joined(parallel.raise_on_all_ranks(answers, cache))
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
 
     def leave(self, out: Path) -> None:
         """Write a pretrained model, as it has become, into a run's folder."""
-        if self.source is not None:
-            pretrained.write_folder(self.model, self.source, out / runs.MODEL)
+        if self.s.model is not None:
+            self.model.leave(self.form, out / runs.MODEL)
 
     def answer(self, prompt: str) -> str:
-        """One sample with either cache, a line each; UsageError for a prompt that is empty or too long.
+        """The greedy answer with either cache, a line each; UsageError for a prompt that is empty or too long.
 
-        Of a prompt so short that the policy is forced to keep more than the budget, as much is kept as it is forced to.
+        A prompt of the task is asked as the task asks it. Where the policy always keeps more than the budget of a short
+        prompt, that much is kept.
         """
-        # in a chat the answer is not begun for the model, as a task may do, and it is longer
-        max_new = self.s.max_new if self.source is None else max(ANSWER, self.s.max_new)
-        example = Example(prompt, "", where="--prompt: ")
+        begun = self.task.begun(prompt)
+        # a chat that is not of the task has longer answers
+        max_new = self.s.max_new if self.s.model is None or begun else max(ANSWER, self.s.max_new)
+        example = Example(prompt, "", begun, where="--prompt: ")
         length = check_example(self.form, example, max_new, self.context)
         lines = []
-        wanted = self.eviction.wanted(torch.tensor([length])).item()
-        forced = sum(self.eviction.forced.values())
-        if wanted < forced:
-            asked = f"--budget {self.eviction.budget} of {length} tokens is {wanted}"
-            lines.append(f"{asked}, but {self.eviction.policy} keeps at least {forced}: {forced} are kept")
-            self.eviction = dataclasses.replace(self.eviction, budget=forced)
+        try:
+            self.eviction.keep(torch.tensor([length]))
+        except ValueError:
+            least = self.eviction.least()
+            asked = f"--budget {self.s.budget} of {length} tokens is less than {self.eviction.policy} always keeps"
+            lines.append(f"{asked}: {least} are kept")
+            self.eviction = dataclasses.replace(self.eviction, budget=least)
         key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         for cache in CACHES:
-            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new=max_new)
+            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new, greedy=True)
             lines.append(f"{cache + ' cache:':14}{response}")
         return "\n".join(lines)

@@ -19,14 +19,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harness import files, parallel, runs
 from harness.report import Progress
-from harness.settings import OF_TASK, Settings
+from harness.settings import Settings
 from harness.streams import WARMUP, numpy_stream, torch_stream
 from harness.tasks import Example
 from harness.text import Form, tokenize
 from tiny_model import TinyModel, never_evicted
 
 VERSION = 1  # to be raised with any change that leads to other weights: then all base policies are made anew
-DETERMINE = ("task", *OF_TASK, "encoding", "template", "width", "warmup_steps")  # the settings that a base policy is of
+DETERMINE = ("task", "asked", "template", "width", "warmup_steps")  # the settings that a base policy is of
 SHIPPED = Path(__file__).resolve().parent.parent / "assets"
 CACHE = Path("out/cache")
 SEED = 0  # of the weights and of the demonstrations
@@ -47,8 +47,8 @@ def answer_logp(
     """
     device = model.embed_tokens.weight.device
     prompt_BP, pad_B = tokenize(form, examples, device)
-    end = form.encoding.eot_token
-    answers = [torch.tensor([*form.encoding.encode_ordinary(e.answer), end], device=device) for e in examples]
+    end = form.ends[0]
+    answers = [torch.tensor([*form.encode(e.answer), end], device=device) for e in examples]
     length_B = torch.tensor([len(answer) for answer in answers], device=device)
     answer_BR = pad_sequence(answers, batch_first=True, padding_value=end)
     P, R = prompt_BP.shape[1], answer_BR.shape[1]
@@ -72,7 +72,7 @@ class WarmUp:
         self.agent = agent
         self.model = agent.model
         self.taken = 0
-        fresh = agent.source is None
+        fresh = agent.s.model is None
         self.rate = LEARNING_RATE if fresh else PRETRAINED_RATE
         self.rising = RISING if fresh else PRETRAINED_RISING
         rest = dict(self.model.named_parameters())
@@ -128,15 +128,16 @@ def base_path(s: Settings) -> Path:
 
 def load_base(agent) -> None:
     """Give an agent's model the weights that RL starts from: kept from an earlier run, or made by the first process."""
-    if agent.source is not None and agent.s.warmup_steps == 0:
-        parallel.say(f"base policy: {agent.s.model}")
+    if agent.s.model is not None and agent.s.warmup_steps == 0:
+        ends = " or ".join(map(agent.form.tokenizer.decode, agent.form.ends))
+        parallel.say(f"base policy: {agent.s.model}; a response ends with {ends}")
         return
-    path = parallel.by_first(base_path, agent.s)
-    if parallel.by_first(path.exists):
+    path = parallel.on_rank0(base_path, agent.s)
+    if parallel.on_rank0(path.exists):
         parallel.say(f"base policy: read from {path}")
     else:
-        parallel.by_first(make_base, agent, path)
-    parallel.agreed(files.restore, path, agent.model)
+        parallel.on_rank0(make_base, agent, path)
+    parallel.raise_on_all_ranks(files.restore, path, agent.model)
 
 
 def make_base(agent, path: Path) -> None:
@@ -152,9 +153,9 @@ def make_base(agent, path: Path) -> None:
 
 
 def main() -> None:
-    import smd  # here, because smd imports this file
+    from harness import train  # here, because train imports this file
 
-    agent = smd.agent_for(smd.checked(Settings()))
+    agent = train.Agent(train.checked(Settings()))
     path = SHIPPED / base_path(agent.s).name
     make_base(agent, path)
     for old in set(SHIPPED.glob("base-*.pt")) - {path}:

@@ -1,7 +1,7 @@
 """A dataclass of settings as a command line, and bad input as one line instead of a traceback.
 
-A setting is a field made by `opt`: its default, its help and its least value stand beside it, and nothing else has to
-be told about it. `parse` reads a command line, `check_values` looks at each value by itself.
+A setting is a field made by `opt`: its help and its least value stand beside it, and nothing else has to be told about
+it. `parse` reads a command line, `check_values` looks at each value by itself.
 """
 
 import argparse
@@ -37,10 +37,11 @@ def require(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def opt(group: str, default, help: str, low: float | None = None, free: bool = False):
+def opt(group: str, help: str, low: float | None = None, free: bool = False, default=None):
     """A field of a dataclass of settings.
 
     group: the heading under which --help lists it. low: its least value. free: a run that is resumed may have another.
+    default: None where nobody gives it.
     """
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, low=low, free=free))
 
@@ -119,25 +120,30 @@ def count_or_share(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def parse(settings: type, choices: dict[str, Collection[str]], about: str, argv: list[str] | None) -> dict:
-    """What a command line gives, by the names of the settings; --help lists them by group."""
+def parse(
+    settings: type, choices: dict[str, Collection[str]], about: str, argv: list[str] | None,
+    default: Callable[[str], str] = lambda name: "",
+) -> dict:  # fmt: skip
+    """What a command line gives, by the names of the settings; --help lists them by group.
+
+    default: what the help adds of what a setting is where it is not given.
+    """
     parser = Parser("smd.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     groups = {}
     for f in dataclasses.fields(settings):
         title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(flag(f.name), **argument(f, choices.get(f.name)))
+        groups[title].add_argument(flag(f.name), **argument(f, choices.get(f.name), default(f.name)))
     return vars(parser.parse_args(argv))
 
 
-def argument(f: dataclasses.Field, among: Collection[str] | None) -> dict:
+def argument(f: dataclasses.Field, among: Collection[str] | None, default: str) -> dict:
     """What argparse is told about a setting."""
     help = f.metadata["help"]
     if among is not None:
         help += f" {{{', '.join(among)}}}"
-    if f.default is not None and f.default is not False:
-        help += f" (default: {f.default})"
+    help += default
     if f.type is bool:
         return dict(action="store_true", help=help)
     kind = count_or_share if f.type == int | str | None else kinds(f)[0]

@@ -31,20 +31,6 @@ def check(device: str, backend: str | None, head_dim: int) -> None:
     require(fits, f"--backend triton takes head dims up to 128, got {head_dim}")
 
 
-def faster_products() -> None:
-    """Let oneDNN multiply the float32 matrices of a CPU, where it does so in float32: on AMD in half of MKL's time.
-
-    Torch has no switch for that but leave to round to bfloat16. oneDNN makes use of it where that is faster, on
-    processors with units for bfloat16 tiles, and nowhere else. So a product is tried: rounded, it would be 1e-3 off.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    exact = a.double() @ b.double()
-    if ((a @ b - exact) / exact).abs().max() > 1e-5:
-        matmul.fp32_precision = before
-
-
 def precision(settings) -> contextlib.AbstractContextManager:
     """A context in which the model computes in the settings' dtype, from weights in float32."""
     if settings.dtype == "bfloat16":

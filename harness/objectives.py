@@ -1,98 +1,113 @@
-"""What an objective needs that the method does not: PPO's critic, DPO's pairs, the distance to a frozen reference.
+"""PPO, online DPO and a KL to the base policy: objectives with the two methods of `smd.GRPO`.
 
-But for `Policy`, plain tensors. B sequences of R response columns, N prompts with S samples each, X response tokens.
+`prepare` computes once what `loss` needs of a rollout; `loss` is a sum over the given part of a batch, divided by the
+totals of the whole batch. B sequences of R response columns, N prompts with S samples each, X response tokens.
 """
 
 import copy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_model import TinyModel, wide
+from smd import GRPO, ROUNDING, Batch, Rollout, Runtime, Totals, policy_loss, response_logp, same_shape, unpack
+from tiny_model import at_least_float32
 
 GAE_LAMBDA = 0.95  # as in PPO's paper
-VALUE_COEF = 0.5  # of the critic's loss, likewise
-DPO_BETA = 0.1  # how far the policy may leave the base policy, as in DPO's paper
+VALUE_COEF = 0.5  # weight of the critic's loss, as in PPO's paper
+DPO_BETA = 0.1  # how far the policy may move from the base policy, as in DPO's paper
 
 
 class Policy(nn.Module):
-    """What is trained: the model and, with ppo, a critic on its hidden states; and the frozen base policy, if used."""
+    """What is trained, the model and PPO's critic, and the frozen base policy where the objective reads it."""
 
-    def __init__(self, model: TinyModel, settings):
+    def __init__(self, model: nn.Module, objective: str, kl_ref: float = 0.0):
         super().__init__()
         self.model = model
         self.critic = self.reference = None
-        if settings.objective == "ppo":
-            self.critic = nn.Linear(model.config.width, 1).to(model.norm.weight)
+        if objective == "ppo":
+            self.critic = nn.Linear(model.config.width, 1).to(next(model.parameters()))
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
-        if settings.objective == "dpo" or settings.kl_ref:
+        if objective == "dpo" or kl_ref:
             self.reference = copy.deepcopy(model).requires_grad_(False)
+        makers = dict(grpo=GRPO, dr_grpo=lambda: GRPO(norm_std=False))
+        makers |= dict(ppo=lambda: PPO(self.critic), dpo=lambda: DPO(self.reference))
+        self.objective = makers[objective]()
+        if kl_ref:
+            self.objective = WithReference(self.objective, self.reference, kl_ref)
 
     def optimizer(self, lr: float) -> torch.optim.AdamW:
-        """Of all that is trained."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def value(self, hidden_XC: Tensor) -> Tensor:
-        """What the critic expects as the reward (X,)."""
-        return self.critic(hidden_XC)[:, 0].to(wide(hidden_XC.dtype))
+
+@dataclass(frozen=True)
+class PPO:
+    """A clipped ratio with advantages of a linear critic, which sees the same masked context as the policy."""
+
+    critic: nn.Linear
+    clip: float = 0.2
+
+    def values(self, hidden_XC: Tensor, mask_BR: Tensor) -> Tensor:
+        value_X = self.critic(hidden_XC)[:, 0]
+        return unpack(value_X.to(at_least_float32(value_X.dtype)), mask_BR)
+
+    def prepare(self, model, rollout: Rollout, seen_LBGT: Tensor, reward_B: Tensor, runtime: Runtime) -> dict:
+        (hidden_XC,) = runtime.replay(model, rollout, seen_LBGT, backend=runtime.backend)
+        value_BR = self.values(hidden_XC, rollout.mask_BR)
+        advantage_BR = gae(reward_B, value_BR, rollout.mask_BR, GAE_LAMBDA)
+        normalised_BR = standardised(advantage_BR, rollout.mask_BR, runtime)
+        return {"advantage_BR": normalised_BR, "value_BR": value_BR, "return_BR": advantage_BR + value_BR}
+
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+        mask_BR, extra = batch.rollout.mask_BR, batch.extra
+        terms = batch.old_logp_BR, extra["advantage_BR"], batch.weight_BR, mask_BR
+        loss, clipped_BR = policy_loss(logp_BR, *terms, self.clip, totals.sequences * longest)
+        values = self.values(hidden_XC, mask_BR), extra["value_BR"], extra["return_BR"]
+        return loss + VALUE_COEF * value_loss(*values, mask_BR, self.clip, totals.tokens), clipped_BR
 
 
-class Counts(NamedTuple):
-    """What the means of a loss are taken over."""
+@dataclass(frozen=True)
+class DPO:
+    """Online DPO: the best against the worst sample of each prompt."""
 
-    sequences: float
-    tokens: float
-    pairs: float  # prompts whose samples have different rewards, which DPO compares
+    reference: nn.Module
+    beta: float = DPO_BETA
 
-    @classmethod
-    def of(cls, mask_BR: Tensor, reward_NS: Tensor) -> "Counts":
-        pairs = (reward_NS.amax(dim=1) > reward_NS.amin(dim=1)).sum().item()
-        return cls(len(mask_BR), mask_BR.sum().item(), pairs)
+    def prepare(self, model, rollout: Rollout, seen_LBGT: Tensor, reward_B: Tensor, runtime: Runtime) -> dict:
+        return {"ref_logp_BR": reference_logp(self.reference, rollout, seen_LBGT, runtime)}
 
-    def over(self, whole: "Counts") -> "Counts":
-        """The share of each in a whole."""
-        return Counts(*(n / max(1, of) for n, of in zip(self, whole, strict=True)))
-
-
-class Seam:
-    """Where a backward pass halts: it goes all the way through what comes after the seam, then through what is before.
-
-    A weight used on both sides gets its gradient from one, and then the other's on top. In a single pass the first
-    would wait for the second, beside what earlier parts of a batch have left: all gradients twice.
-    """
-
-    def __init__(self):
-        self.before: list[Tensor] = []
-        self.after: list[Tensor] = []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The same numbers, but where they come from is left to `backward`."""
-        self.before.append(x)
-        self.after.append(x.detach().requires_grad_())
-        return self.after[-1]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        torch.autograd.backward(self.before, [x.grad for x in self.after])
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+        reward_NS = batch.reward_B.view(len(batch.rollout.pad_N), -1)
+        logps = logp_BR.sum(dim=1), batch.extra["ref_logp_BR"].sum(dim=1)
+        return dpo_loss(*logps, reward_NS, self.beta, totals.pairs), torch.zeros_like(batch.rollout.mask_BR)
 
 
-def same_shape(**tensors: Tensor) -> None:
-    """ValueError unless these have one shape: broadcasting would make another loss of a mistake."""
-    if len({x.shape for x in tensors.values()}) > 1:
-        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
+@dataclass(frozen=True)
+class WithReference:
+    """Another objective, plus the KL penalty k3 to a frozen reference policy."""
+
+    objective: GRPO | PPO | DPO
+    reference: nn.Module
+    coefficient: float
+
+    def prepare(self, model, rollout: Rollout, seen_LBGT: Tensor, reward_B: Tensor, runtime: Runtime) -> dict:
+        extra = self.objective.prepare(model, rollout, seen_LBGT, reward_B, runtime)
+        if "ref_logp_BR" not in extra:
+            extra["ref_logp_BR"] = reference_logp(self.reference, rollout, seen_LBGT, runtime)
+        return extra
+
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+        loss, clipped_BR = self.objective.loss(batch, logp_BR, hidden_XC, longest, totals)
+        penalty = k3(logp_BR, batch.extra["ref_logp_BR"], batch.rollout.mask_BR, totals.tokens)
+        return loss + self.coefficient * penalty, clipped_BR
 
 
-def of_tokens(logp_XV: Tensor, token_X: Tensor) -> Tensor:
-    return logp_XV.gather(-1, token_X[:, None])[:, 0]
-
-
-def spread(x_X: Tensor, mask_BR: Tensor) -> Tensor:
-    """One number for each response token as (B, R), zero past the end."""
-    return x_X.new_zeros(mask_BR.shape).masked_scatter(mask_BR, x_X)
+def reference_logp(reference: nn.Module, rollout: Rollout, seen_LBGT: Tensor, runtime: Runtime) -> Tensor:
+    (hidden_XC,) = runtime.replay(reference, rollout, seen_LBGT, backend=runtime.backend)
+    return response_logp(reference, rollout, hidden_XC)
 
 
 def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
@@ -110,35 +125,49 @@ def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tens
     return advantage_BR
 
 
-def value_loss(value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Tensor, clip: float) -> Tensor:
-    """½ max((V - R)², (V_clip - R)²), V_clip within `clip` of the value at rollout time; mean over tokens."""
+def standardised(x_BR: Tensor, mask_BR: Tensor, runtime: Runtime, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / (std + eps) over the batch's tokens in all processes; 0 where all are equal but for rounding."""
+    x_X = x_BR[mask_BR].double()
+    count, total, squares = x_X.new_tensor(len(x_X)), x_X.sum(), x_X.square().sum()
+    runtime.all_sum([count, total, squares])
+    mean = total / count
+    deviations = (x_X - mean).square().sum()
+    runtime.all_sum([deviations])
+    std = (deviations / count).sqrt()
+    if std <= ROUNDING * (squares / count).sqrt():
+        return torch.zeros_like(x_BR)
+    return ((x_BR - mean) / (std + eps)).to(x_BR.dtype)
+
+
+def value_loss(
+    value_BR: Tensor, old_BR: Tensor, return_BR: Tensor, mask_BR: Tensor, clip: float, denominator: float
+) -> Tensor:
+    """Σ ½ max((V - R)², (V_clip - R)²) / denominator, V_clip within `clip` of the value at rollout time."""
     same_shape(value=value_BR, old=old_BR, returns=return_BR, mask=mask_BR)
-    near_BR = old_BR + (value_BR - old_BR).clamp(-clip, clip)
-    worst_BR = (value_BR - return_BR).square().maximum((near_BR - return_BR).square())
-    return 0.5 * worst_BR[mask_BR].mean()
+    clipped_BR = old_BR + (value_BR - old_BR).clamp(-clip, clip)
+    worst_BR = (value_BR - return_BR).square().maximum((clipped_BR - return_BR).square())
+    return 0.5 * worst_BR[mask_BR].sum() / denominator
 
 
-def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float) -> Tensor:
-    """-log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]), best against worst sample of each prompt, mean over these pairs.
-    Equal rewards make no pair (DPO, 2305.18290; online: 2402.04792)."""
+def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float, denominator: float) -> Tensor:
+    """-Σ log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]) / denominator, the best against the worst sample of each prompt.
+
+    A prompt whose samples have equal rewards makes no pair (DPO, 2305.18290; online: 2402.04792).
+    """
     same_shape(logp=logp_B, ref_logp=ref_logp_B, reward=reward_NS.flatten())
     margin_NS = (logp_B - ref_logp_B).view_as(reward_NS)
     best_N1 = reward_NS.argmax(dim=1, keepdim=True)
     worst_N1 = reward_NS.argmin(dim=1, keepdim=True)
     gap_N = (margin_NS.gather(1, best_N1) - margin_NS.gather(1, worst_N1))[:, 0]
     pair_N = reward_NS.amax(dim=1) > reward_NS.amin(dim=1)
-    return -(F.logsigmoid(beta * gap_N) * pair_N).sum() / pair_N.sum().clamp(min=1)
+    return -(F.logsigmoid(beta * gap_N) * pair_N).sum() / max(1, denominator)
 
 
-def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor) -> Tensor:
-    """r - 1 - log r, r = π_ref / π, mean over tokens. Its value estimates KL(π ‖ π_ref), but its gradient on-policy is
-    that of KL(π_ref ‖ π) (Schulman, "Approximating KL divergence")."""
+def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor, denominator: float) -> Tensor:
+    """Σ (r - 1 - log r) / denominator, r = π_ref / π (Schulman, "Approximating KL divergence").
+
+    Its value estimates KL(π ‖ π_ref), but its gradient on-policy is that of KL(π_ref ‖ π).
+    """
     same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR)
     log_r_X = (ref_logp_BR - logp_BR)[mask_BR]
-    return (log_r_X.exp() - 1 - log_r_X).mean()
-
-
-def effective_share(log_weight_n: Tensor) -> float:
-    """Effective sample size (Σw)² / Σw² over n."""
-    weight_n = (log_weight_n - log_weight_n.max()).exp()
-    return (weight_n.sum().square() / weight_n.square().sum() / len(weight_n)).item()
+    return (log_r_X.exp() - 1 - log_r_X).sum() / denominator

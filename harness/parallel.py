@@ -1,28 +1,20 @@
 """Several processes that train as one: `torchrun` starts them, and each takes its share of the prompts.
 
-A step's rollouts are put together, so that advantages, weights and figures are those of the whole batch. Then each
-process differentiates its share of the loss, divided by the whole batch's numbers, and the gradients are added up: once
-an update, in one call. All begin with the same weights and follow the same sums, so that no weights are ever sent.
-
-DistributedDataParallel would add gradients piece by piece while the backward pass still runs, which pays where moving
-them takes long. Here sampling takes long, and what is needed is a sum, where that takes a mean.
-
-With a single process, nothing here does anything.
+A group's advantages need the samples of one prompt only, so rollouts stay where they were drawn. What the processes
+share are a few sums (`smd.Runtime.all_sum`) and the gradients. All begin with the same weights and apply the same
+summed gradient, so no weights are ever sent. With a single process, nothing here does anything.
 """
 
 import atexit
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-# torch imports it at some time, and it keeps the group that it then finds: here there is none yet
-import torch.distributed.nn
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.cli import Ended, UsageError, require
 
@@ -31,23 +23,23 @@ TOLD = "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"
 
 
 def told_by_torchrun(environment: Mapping[str, str]) -> list[int]:
-    """The numbers TOLD; those of a single process where some are missing, as where a scheduler set the others."""
+    """The numbers TOLD; those of a single process where some are missing, because a scheduler set the others."""
     told = [environment.get(name, "") for name in TOLD]
-    whole = all(number.isdecimal() for number in told) and "MASTER_ADDR" in environment
-    return [int(number) for number in told] if whole else [1, 0, 1, 0]
+    complete = all(number.isdecimal() for number in told) and "MASTER_ADDR" in environment
+    return [int(number) for number in told] if complete else [1, 0, 1, 0]
 
 
 COUNT, RANK, LOCAL_COUNT, LOCAL_RANK = told_by_torchrun(os.environ)
-PATIENCE = timedelta(days=1)  # for one another: the first makes the base policy alone
+TIMEOUT = timedelta(days=1)  # the other processes wait while the first makes the base policy
+REACHED = (UsageError, FloatingPointError)  # errors that every process raises if one does
 
 
 def check(settings) -> None:
     """UsageError where so many processes cannot share what the settings ask for."""
     if COUNT == 1:
         return
-    prompts = settings.prompts // settings.minibatches
     shares = f"{COUNT} processes take equal shares of the prompts of an update"
-    require(prompts % COUNT == 0, f"{shares}, got --prompts {settings.prompts}, which gives it {prompts}")
+    require(settings.prompts % COUNT == 0, f"{shares}, got --prompts {settings.prompts}")
     require(settings.prompt is None, "--prompt is answered by a single process; leave torchrun out")
     if settings.device == "cuda":
         has = torch.cuda.device_count()
@@ -56,24 +48,24 @@ def check(settings) -> None:
 
 
 def begin(device: str) -> None:
-    """Meet the others. From here on this process has a device of its own, and ends when torchrun says so."""
+    """Join the process group. From here on this process has a device of its own, and ends when torchrun ends it."""
     if COUNT == 1 or dist.is_initialized():
         return
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     signal.signal(signal.SIGTERM, told_to_end)
-    with_others(dist.init_process_group, "nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)  # however it ends: the group's threads must not outlive Python
+    exchange(dist.init_process_group, "nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)  # the group's threads must not outlive Python
 
 
 def told_to_end(*_) -> None:
     raise Ended("told to end by a signal, as all processes are when one has died")
 
 
-def with_others(exchange: Callable, *args, **options) -> None:
-    """Exchange something with the other processes; `Ended` where one of them has died."""
+def exchange(collective: Callable, *args, **options) -> None:
+    """Call a collective function; `Ended` where another process has died."""
     try:
-        exchange(*args, **options)
+        collective(*args, **options)
     except RuntimeError as e:  # gloo has no type of its own for it
         reason = str(e).splitlines()[0]
         raise Ended(f"another process of this run cannot be reached ({reason})") from e
@@ -90,31 +82,38 @@ def share(count: int) -> slice:
     return slice(count * RANK // COUNT, count * (RANK + 1) // COUNT)
 
 
-def share_of(x_N: Tensor) -> Tensor:
-    """Which rows of a tensor this process takes."""
-    return torch.arange(len(x_N), device=x_N.device)[share(len(x_N))]
+def all_sum(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over all processes, in place: one call for all tensors of a type."""
+    if COUNT == 1:
+        return
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        same = [x for x in tensors if x.dtype == dtype]
+        row = torch.cat([x.detach().flatten() for x in same])
+        exchange(dist.all_reduce, row)
+        for x, total in zip(same, row.split([x.numel() for x in same]), strict=True):
+            x.detach().copy_(total.view_as(x))
 
 
 def of_each(x) -> list:
-    """The x of each process, in their order. No process goes on before all have come here."""
+    """The x of each process, in the order of the ranks."""
     if COUNT == 1:
         return [x]
     found = [None] * COUNT
-    with_others(dist.all_gather_object, found, x)
+    exchange(dist.all_gather_object, found, x)
     return found
 
 
-def listed(items: list) -> list:
-    """The items of all processes in one list."""
+def joined(items: list) -> list:
+    """The lists of all processes as one."""
     return list(itertools.chain(*of_each(items)))
 
 
-def agreed(f: Callable, *args):
-    """What f returns in this process; what it raises because of its input, or of numbers, is raised in all."""
+def raise_on_all_ranks(f: Callable, *args, **options):
+    """f(...); an error because of its input, or of numbers, is raised in every process if one raises it."""
     result = error = None
     try:
-        result = f(*args)
-    except (UsageError, FloatingPointError) as e:
+        result = f(*args, **options)
+    except REACHED as e:
         error = e
     for raised in of_each(error):
         if raised is not None:
@@ -122,27 +121,7 @@ def agreed(f: Callable, *args):
     return result
 
 
-def by_first(f: Callable, *args):
-    """What f returns, or raises, in the first process, which alone calls it: the same in all."""
-    result = agreed(f, *args) if RANK == 0 else agreed(lambda: None)
+def on_rank0(f: Callable, *args):
+    """What f returns or raises in the first process, which alone calls it: the same in all."""
+    result = raise_on_all_ranks(f, *args) if RANK == 0 else raise_on_all_ranks(lambda: None)
     return of_each(result)[0]
-
-
-def joined(x: Tensor, dim: int = 0) -> Tensor:
-    """The x of all processes, of one shape, along this dimension."""
-    if COUNT == 1:
-        return x
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(COUNT)]
-    with_others(dist.all_gather, found, x.contiguous())
-    return torch.cat(found, dim)
-
-
-def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give all processes the sum of their gradients."""
-    if COUNT == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    row = torch.cat([gradient.flatten() for gradient in gradients])
-    with_others(dist.all_reduce, row)
-    for gradient, total in zip(gradients, row.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))

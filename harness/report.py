@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import smd
 from harness import parallel
 from harness.cli import in_short, words
 
@@ -87,22 +89,27 @@ def accuracies(found: dict[str, float]) -> str:
     return ", ".join(f"{share:.1%} right with the {cache} cache" for cache, share in found.items())
 
 
-def of_rollout(rollout) -> dict:
-    """What a row of metrics.jsonl says of a rollout: how much of its context was seen, and the bytes of the cache.
-
-    visible_share: visible over causal (query, key) pairs, in the rows of the response tokens that were fed back.
-    """
-    P = rollout.prompt_NP.shape[1]
+def counts(rollout: smd.Rollout, entry_bytes: int) -> dict[str, int]:
+    """Visible and causal (query, key) pairs of the response tokens that were fed back, and bytes of the KV cache."""
+    (N, P), (B, R) = rollout.prompt_NP.shape, rollout.response_BR.shape
     end_B11 = (P + rollout.length_B - 1)[:, None, None]
     first_T = torch.arange(rollout.evicted_at_LBGT.shape[-1], device=end_B11.device).clamp(min=P)
 
     def pairs(evicted_at_LBGT: Tensor) -> int:
         return (evicted_at_LBGT.minimum(end_B11) - first_T).clamp(min=0).sum().item()
 
-    causal = pairs(rollout.never_evicted_LBGT)
-    share = pairs(rollout.evicted_at_LBGT) / causal if causal else 1.0
-    names = ("kv_bytes", "full_kv_bytes", "full_kv_bytes_shared")
-    return dict(visible_share=share) | {name: getattr(rollout, name) for name in names}
+    visible, causal = pairs(rollout.evicted_at_LBGT), pairs(rollout.never_evicted_LBGT)
+    # the last token is never stored
+    full, full_shared = (entry_bytes * (prompts * P + B * (R - 1)) for prompts in (B, N))
+    stored = dict(stored_kv_bytes=rollout.stored_bytes, full_kv_bytes=full, full_kv_bytes_shared=full_shared)
+    return dict(visible=visible, causal=causal, **stored)
+
+
+def of_counts(counts: Sequence[dict[str, int]]) -> dict:
+    """What a row of metrics.jsonl says of the rollouts of all processes."""
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    visible, causal = total.pop("visible"), total.pop("causal")
+    return dict(visible_share=visible / causal if causal else 1.0, **total)
 
 
 def table(summary: dict) -> str:

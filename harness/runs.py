@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import kernel
-from harness import cli, device, files, parallel, pretrained, report, tasks
+from harness import checkpoint, cli, device, files, parallel, report, tasks
 from harness.cli import Ended, UsageError, fixed_names, flag, require
 
 SAVE_EVERY = 20  # steps, which a run that is killed loses at most
@@ -44,7 +44,7 @@ def fingerprint(s) -> str | None:
     """SHA-256 of what a run reads, --model and --data; None where it reads neither."""
     if s.model is None and s.data is None:
         return None
-    digest = hashlib.sha256((pretrained.fingerprint(s.model) or "").encode())
+    digest = hashlib.sha256((checkpoint.fingerprint(s.model) or "").encode())
     if s.data is not None:
         digest.update(tasks.read_data(s.data))
     return digest.hexdigest()
@@ -65,17 +65,6 @@ def check_same(s, fingerprint: str | None) -> None:
     require(same, f"--out {out} holds a run whose {read} has changed since; use another --out")
 
 
-def parse(settings: type, choices: dict, about: str, argv: list[str] | None):
-    """Settings from a command line. With --resume, what is not given comes from the run's config.json."""
-    given = cli.parse(settings, choices, about, argv)
-    asked = "prompt" in given
-    answers = "resume" in given or "model" in given
-    require(not asked or answers, "--prompt needs --resume and --out, the run that is to answer, or a --model")
-    require("resume" not in given or "out" in given, "--resume needs --out, the folder of the run to continue")
-    of_run = read_config(Path(given["out"]), settings) if "resume" in given else {}
-    return settings(**of_run | given)
-
-
 class Run:
     """A run's folder, which belongs to this process inside the `with` block, and the rows of its log.
 
@@ -93,11 +82,11 @@ class Run:
         self.before: dict[str, float] = {}  # accuracies of the base policy
         self.seconds_before = 0.0  # spent before this process
         if settings.out:
-            parallel.by_first(check_same, settings, self.fingerprint)
+            parallel.on_rank0(check_same, settings, self.fingerprint)
 
     def __enter__(self) -> "Run":
         self.lock = None
-        self.out = parallel.by_first(self.claim)
+        self.out = parallel.on_rank0(self.claim)
         self.checkpoint_path = self.out / "checkpoint.pt"
         self.metrics_path = self.out / "metrics.jsonl"
         return self
@@ -139,14 +128,14 @@ class Run:
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Go on from the last checkpoint; False for a run that has none yet. From here on the folder is written to."""
         s = self.s
-        known = s.resume and parallel.by_first(self.checkpoint_path.exists)
+        known = s.resume and parallel.on_rank0(self.checkpoint_path.exists)
         if known:
-            state = parallel.agreed(files.restore, self.checkpoint_path, policy, optimizer)
+            state = parallel.raise_on_all_ranks(files.restore, self.checkpoint_path, policy, optimizer)
             self.rows, self.before, self.seconds_before = state["rows"], state["before"], state["seconds"]
             done = len(self.rows)
             fits = done <= s.steps
             require(fits, f"--out {self.out} is at step {done} already, got --steps {s.steps}; give at least that many")
-        parallel.by_first(self.begin_to_write)
+        parallel.on_rank0(self.begin_to_write)
         ignored = [name for name in parallel.TOLD if name in os.environ] if parallel.COUNT == 1 else []
         processes = f" | {parallel.COUNT} processes" if parallel.COUNT > 1 else ""
         processes += f" | one process ({', '.join(ignored)} is not torchrun's)" if ignored else ""
@@ -191,7 +180,7 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
         self.rows.append(row)
-        parallel.by_first(self.write_row, row)
+        parallel.on_rank0(self.write_row, row)
         if len(self.rows) % SAVE_EVERY == 0 or len(self.rows) == self.s.steps:
             self.save_checkpoint(policy, optimizer)
 
@@ -218,11 +207,11 @@ class Run:
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state = dict(step=len(self.rows), rows=self.rows, before=self.before, seconds=self.seconds())
         state |= dict(weights=policy.state_dict(), optimizer=optimizer.state_dict())
-        parallel.by_first(files.save, self.checkpoint_path, state)
+        parallel.on_rank0(files.save, self.checkpoint_path, state)
 
     def finish(self, after: dict[str, float], prompt: str) -> dict:
         """Write summary.json and the picture, print the table and a prompt to try: what summary.json holds."""
-        return parallel.by_first(self.summarise, after, prompt)
+        return parallel.on_rank0(self.summarise, after, prompt)
 
     def summarise(self, after: dict[str, float], prompt: str) -> dict:
         summary = dict(out=str(self.out), steps=self.s.steps, before=self.before, after=after)

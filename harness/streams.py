@@ -4,11 +4,13 @@ So a run that is resumed needs no generator's state, and two methods with the sa
 sampler draws for a prompt depends on that prompt's key alone: not on its batch, its process or its device.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-WARMUP, PROMPTS, SAMPLING, EVALUATION, MINIBATCHES = range(5)
+WARMUP, PROMPTS, SAMPLING, EVALUATION = range(4)
 
 
 def numpy_stream(*key: int) -> np.random.Generator:
@@ -20,10 +22,9 @@ def torch_stream(device: str, *key: int) -> torch.Generator:
 
 
 def hashed(*key: int | Tensor) -> Tensor:
-    """A number for each key: int64 tensors and numbers that are broadcast together, the last of them a tensor.
+    """A hash of each key by SplitMix64 (Steele, Lea and Flood 2014), in integers, which are equal on every device.
 
-    One after the other they are mixed in by SplitMix64 (Steele, Lea and Flood 2014), in integers, which every device
-    multiplies alike.
+    key: numbers and int64 tensors that are broadcast together, the last of them a tensor.
     """
     x = torch.zeros((), dtype=torch.int64, device=key[-1].device)
     for part in key:
@@ -41,17 +42,13 @@ def unsigned_shift(x: Tensor, bits: int) -> Tensor:
 def uniform(*key: int | Tensor) -> Tensor:
     """Uniform numbers in [0, 1), float64, one for each key as in `hashed`.
 
-    Of 52 bits: so a multiple of any number is below that number, rounded too.
+    They have 52 bits, so that their product with any number is below that number after rounding, too.
     """
     return unsigned_shift(hashed(*key), 12).double() * 2**-52
 
 
-def drawn(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token (B,) at which the cumulative distribution passes each number: its inverse, so that p decides how often.
-
-    In float64, because the sums of many small float32 numbers would be another on another device.
-    """
-    below_BV = logp_BV.double().exp().cumsum(dim=-1)
-    token_B = torch.searchsorted(below_BV, uniform_B[:, None] * below_BV[:, -1:], right=True)[:, 0]
-    # past the end is only what is not a number, and CUDA finds out later than it looks it up
-    return token_B.clamp(max=logp_BV.shape[1] - 1)
+def keyed(key_N: Tensor, samples: int) -> Callable[..., Tensor]:
+    """`uniform` as `smd.sample` takes it, for prompts with these keys: no draw depends on the batch or the process."""
+    key_B = hashed(key_N[:, None], torch.arange(samples, device=key_N.device)).flatten()
+    key_X = torch.cat((key_B, key_N))  # `smd.sample` numbers the prompts after the sequences
+    return lambda *index: uniform(*index[:-1], key_X[index[-1]])

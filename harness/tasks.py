@@ -29,16 +29,16 @@ class Task(Protocol):
     lessons: Sequence[int] = ()  # easier versions of the task, not 0, which the warm-up goes through first
     batch: int  # examples in a supervised step of the warm-up
 
-    @staticmethod
-    def defaults(settings) -> dict:
-        """max_new, warmup_steps, the task's own settings and, unless there is a --model, budget, pool and prompts."""
-
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         """Examples to train on; never one that is held out."""
 
     def demonstrate(self, count: int, rng: np.random.Generator, lesson: int | None) -> list[Example]:
         """Examples of a lesson or, with None, of the task itself, as the supervised steps of the warm-up see them."""
         return self.draw(count, rng)
+
+    def begun(self, prompt: str) -> str:
+        """How the answer to a prompt of this task begins, which the model is given."""
+        return ""
 
     def held_out(self, count: int) -> list[Example]:
         """The examples of the evaluation, at most so many and always the same."""
@@ -116,15 +116,8 @@ class Chain(Task):
     lessons = (4, 6, 8)
 
     def __init__(self, settings):
-        require(settings.data is None, f"--task chain reads no file, got --data {settings.data}")
-        require(settings.model is None, f"--task chain is written in bytes, got --model {settings.model}")
-        self.hops = settings.hops
+        self.hops = settings.asked
         self.examples = self.draw(1, numpy_stream(0, PROMPTS))
-
-    @staticmethod
-    def defaults(settings) -> dict:
-        hops = settings.hops or 6
-        return dict(hops=hops, max_new=hops + 1, budget=22, pool=1, warmup_steps=400, prompts=32)
 
     def example(self, rng: np.random.Generator, letters: int, hops: int, slip: float) -> Example:
         """A cycle over so many of the letters, followed for so many hops."""
@@ -164,35 +157,30 @@ class Facts(Task):
         "apple", "river", "stone", "lemon", "tiger", "piano", "cloud", "bread",
         "chair", "ocean", "garden", "window", "candle", "mountain", "bridge", "lantern",
     )  # fmt: skip
+    FACTS = 12  # that a prompt lists
     batch = 8
 
     def __init__(self, settings):
-        require(settings.data is None, f"--task facts reads no file, got --data {settings.data}")
-        self.facts = settings.facts
         self.asked = settings.asked
-        most = len(self.NOUNS)
-        require(self.facts <= most, f"--facts must be at most {most}, one for each noun, got {self.facts}")
-        require(self.asked <= self.facts, f"--asked must be at most --facts = {self.facts}, got {self.asked}")
+        require(
+            self.asked <= self.FACTS, f"--asked must be at most the {self.FACTS} facts of a prompt, got {self.asked}"
+        )
         self.examples = self.draw(1, numpy_stream(0, PROMPTS))
 
-    @staticmethod
-    def defaults(settings) -> dict:
-        require(settings.model is not None, "--task facts is asked in words; it needs a --model that knows them")
-        asked = settings.asked or 1
-        # of several codes at once SmolLM2 gets none right: it is shown how, until it has something to learn from
-        warmup_steps = 0 if asked == 1 else 26
-        # a blank, two digits and the end; for each further code its digits, a blank and what separates them
-        return dict(facts=12, asked=asked, max_new=5 * asked - 1, warmup_steps=warmup_steps)
-
     def example(self, rng: np.random.Generator) -> Example:
-        nouns = [self.NOUNS[i] for i in rng.permutation(len(self.NOUNS))[: self.facts]]
-        codes = rng.integers(10, 100, self.facts).tolist()
-        asked = rng.permutation(self.facts)[: self.asked]
+        nouns = [self.NOUNS[i] for i in rng.permutation(len(self.NOUNS))[: self.FACTS]]
+        codes = rng.integers(10, 100, self.FACTS).tolist()
+        asked = rng.permutation(self.FACTS)[: self.asked]
         listed = " ".join(f"The code of {noun} is {code}." for noun, code in zip(nouns, codes, strict=True))
         of = enumerated([nouns[i] for i in asked])
         verb, code = ("is", "code") if self.asked == 1 else ("are", "codes")
         answer = " " + enumerated([str(codes[i]) for i in asked])
-        return Example(f"{listed} What {verb} the {code} of {of}?", answer, f"The {code} of {of} {verb}")
+        prompt = f"{listed} What {verb} the {code} of {of}?"
+        return Example(prompt, answer, self.begun(prompt))
+
+    def begun(self, prompt: str) -> str:
+        question = re.search(r"What (is|are) (the codes? of .*)\?$", prompt)
+        return f"T{question[2][1:]} {question[1]}" if question else ""
 
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.example(rng) for _ in range(count)]
@@ -225,7 +213,6 @@ class TextFile(Task):
 
     def __init__(self, settings):
         path = settings.data
-        require(path is not None, "--task text needs --data FILE.jsonl")
         # where there is no chat around it, a line of its own is what tells GSM8K's question from the answer
         self.examples = read_jsonl(path, "\n" if settings.model is None else "")
         self.right = REWARDS[settings.reward]
@@ -244,11 +231,6 @@ class TextFile(Task):
         said += f"; one of them is {1 / held:.0%} of the accuracy" if held < 10 else ""
         parallel.say(said)
 
-    @staticmethod
-    def defaults(settings) -> dict:
-        warmup_steps = 100 if settings.model is None else 0
-        return dict(max_new=128, warmup_steps=warmup_steps, reward="exact", budget="50%", pool=5, prompts=8)
-
     def draw(self, count: int, rng: np.random.Generator) -> list[Example]:
         return [self.train[i] for i in rng.choice(len(self.train), count, replace=count > len(self.train))]
 
@@ -259,6 +241,7 @@ class TextFile(Task):
         return float(self.right(response, answer))
 
 
+# what is asked of the tiny model, of --model, and with --data
 TASKS = {"chain": Chain, "facts": Facts, "text": TextFile}
 
 
