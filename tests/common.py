@@ -1,6 +1,7 @@
-"""What several files of tests need: tiny runs, and a tiny pretrained model."""
+"""What several files of tests need: small models and rollouts, tiny runs, and a tiny pretrained model."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -8,44 +9,97 @@ import pytest
 import torch
 
 import smd
-from harness import cli, pretrained, tokenizer
-from harness.store import Store
-from smd import Settings
-from test_smd import ROOT
-from tiny_model import TinyModel
+from harness import cli, shared, streams, text
+from harness.settings import Settings
+from tiny_model import ModelConfig, TinyModel
 
-AGENT_FOR = smd.agent_for
+ROOT = Path(__file__).parents[1]
+EOS = 19
+POLICIES = list(smd.POLICIES)
 
 
-def model_folder(path: Path, seed: int = 0) -> str:
-    """A Llama with random weights in Hugging Face's layout: every byte a token, some merges, and ChatML."""
-    pytest.importorskip("safetensors")
-    letters = tokenizer.byte_of_letter()
-    tokens = ["<|im_end|>", "<|im_start|>", *sorted(letters, key=letters.get), "Ġt", "he", "Ġc", "ode"[:2], "de"]
-    of_tokens = tokenizer.tokenizer_json(
-        tokens, [3, 3] + [1] * 261, ["Ġ t", "h e", "Ġ c", "o d", "d e"], "smollm", None
-    )
-    config = dict(model_type="llama", vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config |= dict(num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256, rms_norm_eps=1e-5)
-    config |= dict(tie_word_embeddings=True, hidden_act="silu")
-    of_messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    template = of_messages + "{{ '<|im_start|>a\n' }}"
-    of_text = dict(eos_token="<|im_end|>", chat_template=template)
-    source = pretrained.Pretrained(Path("model.gguf"), config, of_tokens, of_text, {})
-    pretrained.write_folder(TinyModel(source.model_config(), seed), source, path)
+def small_model(dtype=torch.float64, seed=0, **changes) -> TinyModel:
+    """Random weights, doubled: attention sharp enough for what is evicted to matter."""
+    config = ModelConfig(**dict(vocab=20, width=32, layers=2, heads=4, kv_heads=2, ffn=48) | changes)
+    model = TinyModel(config, seed=seed).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2.0)
+    return model
+
+
+def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(EOS, (n,), generator=generator).tolist() for n in lengths]
+    return text.pad_left(rows, EOS, "cpu")
+
+
+def ragged_rollout(
+    model, policy="snapkv", samples=3, max_new=14, budget=8, lengths=(17, 9, 30, 12), seed=0, sample=shared.sample
+) -> smd.Rollout:
+    """Drawn with the cache of runs; `sample`: with another."""
+    eviction = None if budget is None else smd.Eviction(policy, budget, interval=3, window=3, sinks=1)
+    uniform = streams.keyed(streams.hashed(seed, torch.arange(len(lengths))), samples)
+    return sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, uniform)
+
+
+def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    error, scale = (got - want).abs().max().item(), want.square().mean().sqrt().item()
+    rms = (got - want).square().mean().sqrt().item() / max(scale, 1e-300)
+    assert error <= tolerance, f"{name}: max error {error:.1e} > {tolerance:.0e}, RMS ratio {rms:.1e}"
+
+
+def peak_of_trace(work) -> int:
+    """Most bytes that were allocated at once while `work` ran, by the allocator's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(alive, default=0)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}"
+
+
+def tokenizer_of(**named):
+    """Every byte a token, some merges, and two special tokens; a fast tokenizer of the transformers package."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import pre_tokenizers as p
+
+    letters = sorted(p.ByteLevel.alphabet())
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġ", "c"), ("o", "d"), ("d", "e")]
+    tokens = ["<|im_end|>", "<|im_start|>", *letters, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = p.Sequence([p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:2])
+    named = dict(eos_token="<|im_end|>", chat_template=CHATML) | named
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+SIZES = dict(vocab_size=263, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, bos_token_id=None, pad_token_id=None)
+
+
+def model_folder(path: Path, seed=0, family="Llama", tokenizer=None, saving=None, spread=0.3, **changes) -> str:
+    """A model with random weights, biases and norms in the layout of the transformers package."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, family + "Config")(**SIZES | dict(tie_word_embeddings=True) | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * spread)
+    model.save_pretrained(path, **saving or {})
+    (tokenizer or tokenizer_of()).save_pretrained(path)
     return str(path)
 
 
-def sums_of_layers(monkeypatch) -> list:
-    """Of the layers of each rollout from here on, the attention that each column received."""
-    sums, record = [], Store.record
-    monkeypatch.setattr(Store, "record", lambda layer, *args: sums.append(layer.received_BGT) or record(layer, *args))
-    return sums
-
-
 TINY = dict(
-    hops=2, width=16, budget=18, window=3, interval=2, pool=3, warmup_steps=3, prompts=4, samples=4, eval_prompts=16,
-    eval_every=4, steps=6, lr=3e-3, device="cpu",
+    asked=2, budget=18, window=3, warmup_steps=3, prompts=4, samples=4, eval_prompts=16, eval_every=4, steps=6, lr=3e-3,
+    device="cpu",
 )  # fmt: skip
 
 SECONDS = ("seconds_sample", "seconds_diag", "seconds_learn")
@@ -80,7 +134,7 @@ GOOD = '{"prompt": "one and one is", "answer": "two"}'
 
 
 def small_run(folder: str, out: Path, **changes) -> Settings:
-    sizes = dict(prompts=2, samples=4, facts=3, eval_prompts=4, steps=2, device="cpu", lr=1e-3)
+    sizes = dict(prompts=2, samples=4, eval_prompts=4, steps=2, device="cpu", lr=1e-3)
     return Settings(model=folder, out=str(out), **sizes | changes)
 
 

@@ -19,19 +19,19 @@ import pytest
 import torch
 
 import smd
-from harness import cli, device, files, report, tasks, text
-from harness.memory import PeakBytes
-from smd import Eviction, Settings
-from test_smd import ROOT
-from tests.common import GOOD, argv, outcome, tiny, write
+from harness import cli, device, files, report, tasks, train
+from harness.agent import Agent
+from harness.settings import Settings, parse_budget
+from smd import Eviction
+from tests.common import GOOD, ROOT, argv, outcome, tiny, write
 
 DRAW_CURVES = report.draw_curves
 
 
-def test_8_a_run_says_what_it_does(tmp_path, capsys):
+def test_a_run_says_what_it_does(tmp_path, capsys):
     out = str(tmp_path / "run")
     for changes in (dict(steps=4), dict(steps=6, resume=True)):
-        smd.train(tiny(tmp_path, **changes))
+        train.train(tiny(tmp_path, **changes))
     said = capsys.readouterr().out
     for part in (
         f"run {out} | device cpu | attention backend torch",
@@ -45,7 +45,7 @@ def test_8_a_run_says_what_it_does(tmp_path, capsys):
         f"try: python {ROOT}/smd.py --resume --out {out} --prompt '",
     ):
         assert part in said, part
-    smd.train(tiny(tmp_path, "other", steps=0))
+    train.train(tiny(tmp_path, "other", steps=0))
     assert "base policy: read from out/cache/base-" in capsys.readouterr().out
 
 
@@ -69,7 +69,7 @@ def bad_inputs(tmp: Path) -> list:
             json.dumps({"prompt": "how long is it?", "answer": "x" * 200}),
             "201 tokens with its end exceeds --max-new 128",
         ),
-        (json.dumps({"prompt": "hi", "answer": "x"}), "budget must be at least sinks + window = 5, got 1"),
+        (json.dumps({"prompt": "hi", "answer": "x"}), "--budget must be at least 5 for snapkv, got 1"),
     ]
     files_of_data = [
         (write(tmp / f"{n}.jsonl", *([GOOD, line] if line else [])), part) for n, (line, part) in enumerate(data)
@@ -78,12 +78,12 @@ def bad_inputs(tmp: Path) -> list:
     (tmp / "broken").mkdir()
     (tmp / "broken" / "config.json").write_text("{")
     damaged = tiny(tmp, "damaged", steps=1)
-    smd.train(damaged)
+    train.train(damaged)
     (tmp / "damaged" / "checkpoint.pt").write_bytes((tmp / "damaged" / "checkpoint.pt").read_bytes()[:1000])
     done = tiny(tmp, "done", steps=2)
-    smd.train(done)
+    train.train(done)
     lacking = tiny(tmp, "lacking", steps=1)
-    smd.train(lacking)
+    train.train(lacking)
     state = torch.load(tmp / "lacking" / "checkpoint.pt", weights_only=True)
     del state["optimizer"]
     files.save(tmp / "lacking" / "checkpoint.pt", state)
@@ -94,42 +94,36 @@ def bad_inputs(tmp: Path) -> list:
         (["--data", str(tmp / "none.jsonl")], "cannot be read: No such file"),
         (["--data", str(tmp)], "cannot be read: Is a directory"),
         (["--data", write(tmp / "one.jsonl", GOOD)], "want at least 2 examples"),
-        (["--budget", "4"], "budget must be at least sinks + window = 5, got 4"),
-        (["--budget", "2", "--eviction", "streaming", "--sinks", "2"], "at least sinks + 1 = 3, got 2"),
-        (["--budget", "4", "--eviction", "random"], "at least sinks + window = 5, got 4"),
-        (["--budget", "3", "--eviction", "rkv"], "at least window = 4, got 3"),
-        *[(["--budget", "0", "--eviction", policy], "at least 1, got 0") for policy in ("tova", "knorm", "h2o")],
-        (["--budget", "3", "--protect", "prompt"], "budget must be at least window = 4, got 3"),
+        (["--budget", "4"], "--budget must be at least 5 for snapkv, got 4 of a prompt's 34 tokens"),
+        (["--budget", "4", "--eviction", "random"], "at least 5 for random, got 4"),
+        (["--budget", "3", "--eviction", "rkv"], "at least 4 for rkv, got 3"),
+        *[(["--budget", "0", "--eviction", e], f"at least 1 for {e}, got 0") for e in ("tova", "knorm", "h2o")],
+        (["--budget", "1.0"], "got 1.0; as a share that is 100%"),
+        (["--budget", "3", "--protect", "prompt"], "--budget must be at least 4 for snapkv, got 3"),
         (["--protect", "response"], "--protect must be one of prompt, got 'response'"),
-        (["--budget", "5%"], "at least sinks + window = 5, got 2 (5% of a prompt of 34 tokens)"),
-        (["--interval", "0"], "--interval must be at least 1, got 0"),
+        (["--budget", "5%"], "at least 5 for snapkv, got 2 of a prompt's 34 tokens"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--steps", "-1"], "--steps must be at least 0, got -1"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--lr", "nan"], "--lr must be a finite number, got nan"),
         (["--lr", "-0.001"], "--lr must be at least 0, got -0.001"),
         (["--lam", "inf"], "--lam must be a finite number, got inf"),
-        *[([flag, "-1"], f"{flag} must be at least 0, got -1") for flag in ("--kl-ref", "--lam", "--sinks")],
+        *[([flag, "-1"], f"{flag} must be at least 0, got -1") for flag in ("--kl-ref", "--lam")],
         (["--eviction", "lru"], "--eviction must be one of streaming, snapkv"),
         (["--method", "ppo"], "--method must be one of dense, naive, tis, seq_is, sparse_rl, smd, got 'ppo'"),
         (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
         (["--objective", "reinforce"], "--objective must be one of grpo, dr_grpo, ppo, dpo"),
         (["--samples", "1"], "--objective grpo compares a prompt's samples; give --samples 2 or more, got 1"),
-        (["--minibatches", "33"], "--minibatches must divide --prompts = 32"),
-        (["--minibatches", "5"], "--minibatches must divide --prompts = 32"),
-        (["--encoding", "klingon"], "--encoding must be bytes or one of"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "magic"], "--backend must be one of torch"),
-        (["--backend", "triton", "--width", "1024"], "takes head dims up to 128, got 256"),
         (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
-        (["--width", "100"], "--width must be a multiple of 8, got 100"),
         (["--out", "/dev/null/run"], "/dev/null/run cannot be written: Not a directory"),
         (["--out", files_of_data[0][0]], "cannot be written: File exists; choose another --out"),
         (["--resume", "--out", files_of_data[0][0]], "holds no run to resume (Not a directory)"),
         (["--out", "x" * 300], "cannot be written: File name too long; choose another --out"),
         (["--resume", "--out", "x" * 300], "holds no run to resume (File name too long)"),
         (["--data", "x" * 300], "cannot be read: File name too long"),
-        (["--model", "x" * 300], "there is no such file or folder"),
+        (["--model", "x" * 300], "there is no such folder"),
         *[([name, "a\0b"], f"{name} must be text without NUL characters, got 'a\\x00b'") for name in PATHS],
         (["--seed", "18446744073709551616"], f"--seed must be at most {2**63 - 1}, got 18446744073709551616"),
         (["--lr", "1" + "0" * 400], "--lr must be a finite number, got inf"),
@@ -144,22 +138,15 @@ def bad_inputs(tmp: Path) -> list:
         (["--resume", "--out", str(tmp / "broken")], "config.json is damaged"),
         (["--resume", "--out", damaged.out], "is missing or damaged"),
         (["--resume", "--out", lacking.out], "is missing or damaged (KeyError: 'optimizer'); delete it to begin anew"),
-        (["--pool", "4"], "--pool must be odd, a key and as many neighbours on either side, got 4"),
-        (["--task", "riddle"], "--task must be one of chain, facts, text, got 'riddle'"),
-        (["--task", "text"], "--task text needs --data FILE.jsonl"),
-        (["--task", "facts"], "--task facts is asked in words; it needs a --model"),
-        (["--facts", "3"], "--facts is read by --task facts only, got --task chain"),
-        (["--data", files_of_data[0][0], "--hops", "3"], "--hops is read by --task chain only, got --task text"),
         (["--template", "plain"], "--template needs --model"),
+        (["--reward", "exact"], "--reward needs --data"),
+        (["--data", files_of_data[0][0], "--asked", "3"], "--asked is for the tasks without --data"),
         (["--accumulate", "33"], "--accumulate takes at most the 32 prompts that a process has of an update, got 33"),
-        (["--model", "nowhere"], "--model nowhere: there is no such file or folder"),
-        (["--model", "nowhere", "--width", "64"], "--model brings its own width; leave --width out"),
-        (["--model", "nowhere", "--encoding", "bytes"], "--model brings its own encoding; leave --encoding out"),
-        (["--task", "chain", "--data", files_of_data[0][0]], "--task chain reads no file, got --data"),
+        (["--model", "nowhere"], "--model nowhere: there is no such folder"),
     ]  # fmt: skip
 
 
-def test_8_bad_input_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
     cases = bad_inputs(tmp_path)
     workplace = tmp_path / "workplace"
     workplace.mkdir()
@@ -167,67 +154,76 @@ def test_8_bad_input_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, cap
     for arguments, message in cases:
         capsys.readouterr()
         before = sorted((p, p.stat().st_size) for p in tmp_path.rglob("*"))
-        code, error = smd.main(arguments), capsys.readouterr().err
+        code, error = train.main(arguments), capsys.readouterr().err
         assert code == 2 and message in error and error.count("\n") == 1, f"{arguments}: {code}, {error}"
         assert sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == before, f"{arguments} wrote something"
 
 
-def test_8_an_encoding_that_cannot_be_fetched_is_one_line(monkeypatch, capsys, tmp_path):
-    def no_network(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(text.tiktoken, "get_encoding", no_network)
-    assert smd.main(["--encoding", "gpt2", "--out", str(tmp_path / "run")]) == 2
-    assert "--encoding gpt2 could not be fetched (ConnectionError)" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("reward", [lambda prompt: 1.0, lambda *_: None, lambda *_: "good", 1.0])
-def test_8_a_reward_that_cannot_be_called_is_refused_at_once(tmp_path, reward):
+def test_a_reward_that_cannot_be_called_is_refused_at_once(tmp_path, reward):
     with pytest.raises(cli.UsageError, match=r"a function reward\(prompt, response, answer\) -> float"):
-        smd.train(tiny(tmp_path), reward=reward)
+        train.train(tiny(tmp_path), reward=reward)
     assert not list(tmp_path.iterdir()), "something was computed or written"
 
 
 # every setting that a run may not change on resumption, with a value that must show in what a tiny run computes
 CHANGES = dict(
-    hops=3, max_new=6, width=32, warmup_steps=1, method="naive", lam=0.0, objective="ppo", kl_ref=1.0, eviction="knorm",
-    budget=14, interval=1, window=2, sinks=3, pool=1, lr=1e-3, epochs=1, minibatches=2, prompts=3, samples=3, seed=1,
-    eval_prompts=5, eval_every=2, protect="prompt", dtype="bfloat16",
+    asked=3, max_new=6, warmup_steps=1, method="naive", lam=0.0, objective="ppo", kl_ref=1.0, eviction="knorm",
+    budget=14, window=2, lr=1e-3, epochs=1, prompts=3, samples=3, seed=1, eval_prompts=5, eval_every=2,
+    protect="prompt", dtype="bfloat16",
 )  # fmt: skip
 
 
-def test_8_every_flag_changes_the_result(tmp_path, monkeypatch):
+def test_every_flag_changes_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "accuracy", lambda task, texts, examples: len(texts))  # of this tiny model it is 0
     # they decide what is accepted at all, belong to a model or a file, or are to change nothing, and are tested as such
-    untested = {"data", "encoding", "task", "model", "template", "facts", "asked", "reward", "accumulate"}
+    untested = {"data", "model", "template", "reward", "accumulate"}
     assert set(CHANGES) == set(cli.fixed_names(Settings)) - untested
-    # two epochs, or nothing could be clipped; sinks that matter need keys that the window would not keep anyway
-    base = dict(epochs=2, steps=3, hops=4, budget=20, lr=1e-2)
-    smd.train(tiny(tmp_path, "as it is", **base))
+    # two epochs, or nothing could be clipped
+    base = dict(epochs=2, steps=2, asked=4, budget=20, lr=1e-2, eval_prompts=6)
+    train.train(tiny(tmp_path, "as it is", **base))
     for name, value in CHANGES.items():
-        smd.train(tiny(tmp_path, name, **base | {name: value}))
+        train.train(tiny(tmp_path, name, **base | {name: value}))
         assert outcome(tmp_path / name) != outcome(tmp_path / "as it is"), f"{cli.flag(name)} {value} changes nothing"
 
 
-def test_9_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
-    s = smd.checked(Settings(device="cpu"))
-    filled = dict(task="chain", budget=22, pool=1, prompts=32, max_new=7, warmup_steps=400, backend=None)
+def test_what_the_user_leaves_open_is_what_the_help_says(tmp_path):
+    s = train.checked(Settings(device="cpu"))
+    filled = dict(
+        task="chain",
+        asked=6,
+        budget=22,
+        pool=1,
+        sinks=1,
+        window=4,
+        prompts=32,
+        max_new=7,
+        warmup_steps=400,
+        backend=None,
+    )
     assert {name: getattr(s, name) for name in filled} == filled
     assert Eviction("snapkv", 22) == Eviction("snapkv", 22, interval=4, window=4, sinks=1, pool=5)
-    s = smd.checked(Settings(data="file", pool=3))
-    filled = dict(task="text", budget="50%", pool=3, prompts=8, max_new=128, warmup_steps=100)
+    s = train.checked(Settings(data="file"))
+    filled = dict(task="text", budget="50%", pool=5, prompts=8, max_new=128, warmup_steps=100)
     assert {name: getattr(s, name) for name in filled} == filled
-    s = smd.checked(Settings(data="file", model="smollm2"))
+    s = train.checked(Settings(data="file", model="smollm2"))
     filled = dict(task="text", budget="25%", pool=5, prompts=8, max_new=128, warmup_steps=0)
     assert {name: getattr(s, name) for name in filled} == filled
     for asked, warmup_steps in ((None, 0), (3, 26)):
-        s = smd.checked(Settings(model="smollm2", asked=asked))
-        filled = dict(task="facts", facts=12, budget="25%", max_new=5 * (asked or 1) - 1, warmup_steps=warmup_steps)
+        s = train.checked(Settings(model="smollm2", asked=asked))
+        filled = dict(
+            task="facts", budget="25%", window=8, sinks=4, max_new=5 * (asked or 1) - 1, warmup_steps=warmup_steps
+        )
         assert {name: getattr(s, name) for name in filled} == filled
 
 
-def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
+def test_a_gpu_computes_in_bfloat16_and_a_cpu_in_float32():
+    for name, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        assert train.checked(Settings(device=name)).dtype == dtype
+    assert train.checked(Settings(device="cuda", dtype="float32")).dtype == "float32"
+
+
+def test_what_a_person_sees(tmp_path, capsys, monkeypatch):
     summary = dict(before=dict(sparse=0.125, dense=0.5), after=dict(sparse=0.25, dense=0.75), steps=4)
     nothing = dict(replay_error=None, dense_error=None, visible_share=None)
     table = report.table(summary | nothing).splitlines()
@@ -278,7 +274,7 @@ def test_9_what_a_person_sees(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_9_no_curve_leaves_the_picture(tmp_path, monkeypatch):
+def test_no_curve_leaves_the_picture(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
@@ -299,7 +295,7 @@ def test_9_no_curve_leaves_the_picture(tmp_path, monkeypatch):
         assert list(right.lines[0].get_ydata()) == [0.1 * n for n in range(3)]
 
 
-def test_9_times_and_bytes_by_hand(monkeypatch):
+def test_the_stopwatch_by_hand(monkeypatch):
     seconds = iter([1.0, 3.0, 3.5])
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(seconds))
     watch = device.Stopwatch("cpu")
@@ -307,30 +303,14 @@ def test_9_times_and_bytes_by_hand(monkeypatch):
     watch.lap("learn")
     assert watch.seconds == dict(seconds_sample=2.0, seconds_learn=0.5)
 
-    held = torch.zeros(100, dtype=torch.float64)
-    memory = PeakBytes()
-    memory.hold(held, held[:50], None)
-    assert memory.peak == 800, "two views of one storage count once"
-    with memory:
-        part = held[10:20]
-        twice = part + part  # 80 bytes
-        more = twice.repeat(10)  # 800 bytes
-        del twice
-        less = torch.ones(4, dtype=torch.float64)
-    assert memory.peak == 800 + 80 + 800
-    del more, less
-    with memory:
-        torch.ones(150, dtype=torch.float64)
-    assert memory.peak == 800 + 1200, "what was freed counts no longer"
 
-
-def test_9_a_command_line_by_hand():
+def test_a_command_line_by_hand():
     @dataclasses.dataclass(frozen=True)
     class Two:
-        size: int | str | None = cli.opt("first", None, "how much")
-        name: str = cli.opt("second", "a", "which", free=True)
-        rate: float = cli.opt("second", 0.5, "how fast", 0)
-        deep: bool = cli.opt("second", False, "how deep")
+        size: int | str | None = cli.opt("first", "how much")
+        name: str = cli.opt("second", "which", free=True, default="a")
+        rate: float = cli.opt("second", "how fast", 0, default=0.5)
+        deep: bool = cli.opt("second", "how deep", default=False)
 
     parse = partial(cli.parse, Two, dict(name=("a", "b")), "about")
     assert parse([]) == {}
@@ -357,18 +337,29 @@ def test_9_a_command_line_by_hand():
             check(Two(**wrong))
 
 
-def test_9_the_help_lists_every_setting_with_its_default(capsys):
+def test_the_help_lists_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        smd.main(["--help"])
+        train.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(Settings):
         assert cli.flag(f.name) in said and f.metadata["group"] in said
-        if f.default is not None and f.default is not False:
-            assert f"(default: {f.default})" in said
     assert "{streaming, snapkv, h2o, tova, knorm, rkv, random}" in said and smd.__doc__.splitlines()[0] in said
+    for default in (
+        "random} (default: snapkv)",
+        "in percent (default: 22; with --data 50%; with --model 25%)",
+        "longest response, in tokens (default: 7; with --data 128; with --model 4)",
+        "codes (default: 6; with --model 1)",
+        "number} (default: with --data exact)",
+        "the sparse one (default: 0.1)",
+    ):
+        assert default in said, default
 
 
-def test_9_a_command_ends_as_its_error_says(capsys):
+def test_there_are_no_more_flags_than_a_reader_remembers():
+    assert len(dataclasses.fields(Settings)) <= 30
+
+
+def test_a_command_ends_as_its_error_says(capsys):
     def ends(error):
         def main():
             if error is not None:
@@ -471,7 +462,7 @@ def test_a_package_that_is_missing_is_named(capsys):
     [(22, 22), ("22", 22), (1, 1), ("1", 1), ("65%", Fraction(13, 20)), ("100%", 1), ("0.5%", Fraction(1, 200))],
 )
 def test_a_budget_is_a_count_or_a_share_in_percent(budget, want):
-    assert smd.parse_budget(budget) == want
+    assert parse_budget(budget) == want
 
 
 @pytest.mark.parametrize("given", [0.25, 1.0, "0.25", "1.0", ".25", "1."])
@@ -479,29 +470,29 @@ def test_a_share_written_as_a_number_is_refused_with_the_way_to_write_it(given):
     """Would catch `--budget 1` keeping one key where `--budget 1.0` kept all."""
     want = "25%" if "25" in str(given) else "100%"
     with pytest.raises(ValueError, match=f"such as 65% .*, got {given}; as a share that is {want}"):
-        smd.checked(Settings(budget=given))
+        parse_budget(given)
 
 
 @pytest.mark.parametrize("budget", ["many", "-3", "1.5", "101%", "0%", "%", "5 %", "nan", True, 2.0, "9" * 19, "٣"])
 def test_what_is_neither_a_count_nor_a_share_is_refused(budget):
     with pytest.raises(ValueError, match=f"budget must be a count of keys, such as 22, or a share .*, got {budget}"):
-        smd.checked(Settings(budget=budget))
+        parse_budget(budget)
 
 
 def test_the_command_line_takes_both_forms():
-    parse = lambda *words: cli.parse(Settings, smd.CHOICES, "about", list(words))  # noqa: E731
+    parse = lambda *words: cli.parse(Settings, train.CHOICES, "about", list(words))  # noqa: E731
     assert parse("--budget", "22") == dict(budget=22)
     assert parse("--budget", "65%") == dict(budget="65%")
 
 
 def test_a_short_prompt_is_answered_with_what_the_policy_is_forced_to_keep():
     """Would catch "budget must be at least 12, got 10" as the answer to a question."""
-    s = Settings(budget="50%", window=6, width=16, eval_prompts=2, warmup_steps=0, device="cpu")
-    agent = smd.agent_for(smd.checked(s))
+    s = Settings(budget="50%", window=6, eval_prompts=2, warmup_steps=0, device="cpu")
+    agent = Agent(train.checked(s))
     said, answers = agent.answer("ab?a").split("\n", 1)
-    assert said == "--budget 50% of 4 tokens is 2, but snapkv keeps at least 7: 7 are kept"
+    assert said == "--budget 50% of 4 tokens is less than snapkv always keeps: 7 are kept"
     assert answers.startswith("sparse cache: ") and "dense cache: " in answers
-    assert smd.agent_for(smd.checked(s)).answer("abcdefghijkl?a").startswith("sparse cache: ")
+    assert Agent(train.checked(s)).answer("abcdefghijkl?a").startswith("sparse cache: ")
 
 
 @pytest.mark.parametrize("prompt", ["a b?", "-5 + 3", "--help", "it's", "two\nlines", "$HOME `x` \\ *"])
@@ -517,7 +508,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_run_nothing(tmp_path, monkeypatc
         raise ValueError("no canvas")
 
     monkeypatch.setattr(report, "draw_curves", no_picture)
-    summary = smd.train(tiny(tmp_path, steps=1))
+    summary = train.train(tiny(tmp_path, steps=1))
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     said = capsys.readouterr().out
     assert "held-out accuracy" in said and "its picture could not be drawn (ValueError: no canvas)" in said
@@ -525,7 +516,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_run_nothing(tmp_path, monkeypatc
 
 def test_a_long_rollout_shows_that_it_goes_on(monkeypatch, capsys):
     """Would catch a sampler, or a learner, that is silent for as long as a batch takes."""
-    agent = smd.agent_for(smd.checked(tiny(Path("."), eval_prompts=3)))
+    agent = Agent(train.checked(tiny(Path("."), eval_prompts=3)))
     seconds = itertools.count()
     monkeypatch.setattr(report.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(report.Progress, "last_shown", 0)

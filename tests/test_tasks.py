@@ -14,15 +14,15 @@ import pytest
 import torch
 
 import smd
-from harness import base, cli, files, report, runs, streams, tasks, text
-from harness.agent import Agent
+from harness import base, cli, files, report, runs, shared, streams, tasks, text, train
+from harness.agent import Agent, Greedy
 from harness.number import last_number
+from harness.settings import Settings
 from harness.streams import numpy_stream, torch_stream
 from kernel import NEVER
-from smd import Eviction, Settings
-from test_smd import ROOT, Oracle, chi_square_p, compare, small_model
-from tests.common import GOOD, tiny, write
-from tiny_model import ModelConfig, TinyModel
+from smd import Eviction
+from tests.common import EOS, GOOD, POLICIES, ROOT, compare, ragged_prompts, ragged_rollout, small_model, tiny, write
+from tiny_model import ModelConfig, TinyModel, never_evicted
 
 
 def split_mix(*key: int) -> int:
@@ -36,21 +36,39 @@ def split_mix(*key: int) -> int:
     return state - 2**64 if state >= 2**63 else state
 
 
-def test_1_a_hash_is_split_mix_and_its_numbers_are_uniform():
+def test_the_counter_based_generator_is_splitmix64_and_uniform():
     parts = [5, -3, 2**62, -(2**63)]
     got = streams.hashed(7, torch.tensor(parts)[:, None], torch.tensor(parts))
     assert got.tolist() == [[split_mix(7, a, b) for b in parts] for a in parts]
     number = streams.uniform(1, torch.arange(300)[:, None], torch.arange(300))
     assert number.min() >= 0 and number.max() < 1 and number.dtype == torch.float64
-    counts = torch.histc(number.flatten(), 100, 0, 1)
-    assert chi_square_p(counts.double(), torch.full((100,), 0.01, dtype=torch.float64)) > 1e-3
-    # neighbours in either direction know nothing of each other
+    counts = torch.histc(number.flatten().float(), 100, 0, 1)
+    assert (counts / 900 - 1).abs().max() < 5 / 900**0.5, "five standard deviations"
+    # neighbours in either direction are not correlated
     for pairs in ((number[1:], number[:-1]), (number[:, 1:], number[:, :-1])):
         assert abs(torch.corrcoef(torch.stack([x.flatten() for x in pairs]))[0, 1]) < 5 / 300
 
 
-def test_8_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
-    found = [smd.agent_for(smd.checked(tiny(tmp_path, prompts=n, samples=n, eval_prompts=70))) for n in (2, 5)]
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_drawn_for_a_prompt_depends_on_its_key_alone(policy):
+    """Would catch draws in the order of a batch, or by a prompt's number in it."""
+    model, key_N = small_model(), streams.hashed(0, torch.arange(4))
+    together = ragged_rollout(model, policy)
+    eviction = Eviction(policy, 8, interval=3, window=3, sinks=1)
+    for n in ([2], [3, 1], [1, 2, 0]):
+        prompts = together.prompt_NP[n], together.pad_N[n]  # with the same padding, so that a column is a column
+        apart = shared.sample(model, *prompts, 3, 14, EOS, eviction, streams.keyed(key_N[n], 3))
+        rows = [3 * prompt + sample for prompt in n for sample in range(3)]
+        R = apart.response_BR.shape[1]
+        assert torch.equal(apart.response_BR, together.response_BR[rows, :R]) and apart.length_B.max() == R
+        assert torch.equal(apart.evicted_at_LBGT, together.evicted_at_LBGT[:, rows, :, : 30 + R])
+        compare("log-probs", apart.logp_BR, together.logp_BR[rows, :R], 1e-12)
+    other = shared.sample(model, *ragged_prompts(), 3, 14, EOS, eviction, streams.keyed(key_N + 1, 3))
+    assert not torch.equal(other.response_BR[:, :2], together.response_BR[:, :2]), "control: another key"
+
+
+def test_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
+    found = [Agent(train.checked(tiny(tmp_path, prompts=n, samples=n, eval_prompts=70))) for n in (2, 5)]
     texts = []
     for agent in found:
         respond, said = agent.respond, []
@@ -60,13 +78,14 @@ def test_8_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
     assert len(texts[0]) == 140 and texts[0] == texts[1]
 
 
-def test_8_the_model_grows_with_its_width(tmp_path):
+def test_the_model_grows_with_its_width(tmp_path, monkeypatch):
     for width, ffn in ((16, 64), (32, 96), (128, 352)):
-        config = smd.agent_for(smd.checked(tiny(tmp_path, width=width))).config
+        monkeypatch.setattr(Settings, "width", width)
+        config = Agent(train.checked(tiny(tmp_path))).config
         assert (config.width, config.ffn) == (width, ffn)
 
 
-def test_8_a_file_of_text_trains_end_to_end(tmp_path):
+def test_a_file_of_text_trains_end_to_end(tmp_path):
     """Both formats, through --data; the second with the reward of a judge instead of the match."""
     ours = [json.dumps({"prompt": f"what comes after {n} is ", "answer": str(n + 1)}) for n in range(20)]
     gsm8k = [
@@ -76,8 +95,8 @@ def test_8_a_file_of_text_trains_end_to_end(tmp_path):
     judged = []
     for name, lines, judge in (("ours", ours, None), ("gsm8k", gsm8k, lambda *texts: judged.append(texts) or 0.5)):
         file = write(tmp_path / f"{name}.jsonl", *lines)
-        changes = dict(data=file, hops=None, budget="80%", max_new=8, steps=2, eviction="h2o")
-        summary = smd.train(tiny(tmp_path, name, **changes), reward=judge)
+        changes = dict(data=file, asked=None, budget="80%", max_new=8, steps=2, eviction="h2o")
+        summary = train.train(tiny(tmp_path, name, **changes), reward=judge)
         assert summary["replay_error"] < 1e-5 and 0 <= summary["after"]["sparse"] <= 1
     prompt, _, answer = judged[0]
     assert prompt.endswith(" and one?\n") and answer.isdigit(), (
@@ -89,10 +108,10 @@ GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the real file is not here")
-def test_8_real_text_is_read(tmp_path):
+def test_real_text_is_read(tmp_path):
     examples = tasks.read_jsonl(str(GSM8K), "")
     assert len(examples) == 1319 and examples[0].answer == "18" and examples[3].answer == "540"
-    assert tasks.TextFile(smd.checked(Settings(data=str(GSM8K), reward="number"))).reward("?", "so $18.", "18") == 1
+    assert tasks.TextFile(train.checked(Settings(data=str(GSM8K), reward="number"))).reward("?", "so $18.", "18") == 1
 
 
 def follow(prompt: str, hops: int) -> str:
@@ -106,11 +125,11 @@ def follow(prompt: str, hops: int) -> str:
 
 
 def chain(**changes) -> tasks.Chain:
-    return tasks.Chain(Settings(**dict(hops=6) | changes))
+    return tasks.Chain(Settings(**dict(asked=6) | changes))
 
 
-def test_9_the_chain_is_followed_along_its_edges():
-    task = chain(hops=5)
+def test_the_chain_is_followed_along_its_edges():
+    task = chain(asked=5)
     examples = task.draw(200, numpy_stream(1, 2))
     for prompt, answer, *_ in examples:
         edges = prompt.split("?")[0]
@@ -125,8 +144,8 @@ def test_9_the_chain_is_followed_along_its_edges():
     assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
 
 
-def test_9_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
-    task = chain(hops=5)
+def test_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
+    task = chain(asked=5)
     for lesson in task.lessons:
         for prompt, answer, *_ in task.demonstrate(20, numpy_stream(0, lesson), lesson):
             assert len(prompt) == 2 * lesson + 2 and answer == follow(prompt, lesson - 1)
@@ -139,15 +158,15 @@ def test_9_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
     assert abs(statistics.mean(hops) - right) < 5 * math.sqrt(right * (1 - right) / len(hops))
 
 
-def test_9_the_rewards_of_the_tasks_by_hand(tmp_path):
-    reward = partial(chain(hops=4).reward, "abbccdda?a")
+def test_the_rewards_of_the_tasks_by_hand(tmp_path):
+    reward = partial(chain(asked=4).reward, "abbccdda?a")
     for response, want in (("bcda", 1.0), ("bcdd", 0.375), ("bc", 0.25), ("", 0.0), ("xcxa", 0.25), ("bcdab", 0.5)):
         assert reward(response, "bcda") == want, response
     # the reward and the accuracy agree about blanks
     assert reward(" bcda ", "bcda") == 1.0
     assert (
         tasks.accuracy(
-            chain(hops=4), [" bcda ", "b cda", "bcda", "x"], [tasks.Example("", "bcda"), tasks.Example("", "bcda ")]
+            chain(asked=4), [" bcda ", "b cda", "bcda", "x"], [tasks.Example("", "bcda"), tasks.Example("", "bcda ")]
         )
         == 0.5
     )
@@ -164,13 +183,14 @@ def test_9_the_rewards_of_the_tasks_by_hand(tmp_path):
 
 
 def facts(**changes) -> tasks.Facts:
-    return tasks.Facts(Settings(**dict(model="smollm2", facts=12, asked=1) | changes))
+    return tasks.Facts(Settings(**dict(model="smollm2", asked=1) | changes))
 
 
-def test_9_the_facts_are_looked_up():
+def test_the_facts_are_looked_up(monkeypatch):
     """The answer is what the list says of what is asked, however many are asked for."""
     for asked, count in ((1, 12), (2, 5), (3, 16)):
-        task = facts(asked=asked, facts=count)
+        monkeypatch.setattr(tasks.Facts, "FACTS", count)
+        task = facts(asked=asked)
         examples = task.draw(50, numpy_stream(1, 2))
         for prompt, answer, begun, _ in examples:
             codes = dict(re.findall(r"The code of (\w+) is ([1-9][0-9])\.", prompt))
@@ -188,7 +208,7 @@ def test_9_the_facts_are_looked_up():
     assert re.fullmatch(r" [0-9]+, [0-9]+ and [0-9]+", three.answer)
 
 
-def test_9_the_rewards_of_facts_by_hand():
+def test_the_rewards_of_facts_by_hand():
     task = facts()
     for said, want in (
         (" 22", 1.0),
@@ -213,7 +233,7 @@ def test_9_the_rewards_of_facts_by_hand():
         assert task.right(said, " 22, 45 and 67") == (want == 1.0), said
 
 
-def test_9_the_last_number_decides(tmp_path):
+def test_the_last_number_decides(tmp_path):
     task = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", NUMBERED, NUMBERED), reward="number"))
     found = [task.reward("?", said, "1234") for said in ("so 1,234", "1234.0 in all", "1234 of 5", "no")]
     assert found == [1.0, 1.0, 0.0, 0.0]
@@ -222,7 +242,7 @@ def test_9_the_last_number_decides(tmp_path):
 NUMBERED = json.dumps({"prompt": "how many", "answer": "1234"})
 
 
-def test_9_what_is_held_out_is_never_trained_on(tmp_path):
+def test_what_is_held_out_is_never_trained_on(tmp_path):
     for count, held in ((40, 4), (9, 1), (2, 1)):
         lines = [json.dumps(dict(prompt=f"question {n}", answer=str(n))) for n in range(count)]
         task = tasks.TextFile(Settings(data=write(tmp_path / f"{count}.jsonl", *lines), reward="exact"))
@@ -233,20 +253,20 @@ def test_9_what_is_held_out_is_never_trained_on(tmp_path):
             assert {int(e.answer) for e in drawn} == set(range(count - held)), "too few are trained on, or too many"
         # no example twice in a step, as long as there are enough
         assert len(set(task.draw(count - held, numpy_stream(2)))) == count - held
-    held_out = chain(hops=5).held_out(500)
-    assert held_out == chain(hops=5).held_out(500) and len({e.prompt for e in held_out}) == 500
-    agent = smd.agent_for(smd.checked(tiny(Path("."), hops=5, prompts=100)))
+    held_out = chain(asked=5).held_out(500)
+    assert held_out == chain(asked=5).held_out(500) and len({e.prompt for e in held_out}) == 500
+    agent = Agent(train.checked(tiny(Path("."), asked=5, prompts=100)))
     trained = {e.prompt for step in range(1, 6) for e in agent.draw(step)[0]}
     assert len(trained) == 500 and not trained & {e.prompt for e in held_out}
 
 
-def test_9_prompts_depend_on_seed_and_step_alone():
+def test_prompts_depend_on_seed_and_step_alone():
     def prompts(step, **changes):
-        examples, key_N = smd.agent_for(smd.checked(tiny(Path("."), **changes))).draw(step)
+        examples, key_N = Agent(train.checked(tiny(Path("."), **changes))).draw(step)
         return examples, key_N.tolist()
 
     assert prompts(1) == prompts(1, method="naive", eviction="random", lr=0.1, samples=2)
-    drawn = chain(hops=2).draw(4, numpy_stream(3, 1, 7))
+    drawn = chain(asked=2).draw(4, numpy_stream(3, 1, 7))
     assert prompts(7, seed=3) == (drawn, [split_mix(3, 2, 7, n) for n in range(4)])
     for other in (prompts(2), prompts(1, seed=1)):
         assert other[0] != prompts(1)[0] and not set(other[1]) & set(prompts(1)[1])
@@ -258,40 +278,45 @@ class Solver:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, model, prompt_NP, pad_N, samples, max_new, eos, eviction, key_N):
-        self.calls.append((len(prompt_NP), samples, eviction, key_N.tolist()))
+    def __call__(self, model, prompt_NP, pad_N, samples, max_new, eos, eviction, uniform):
+        draws = uniform(0, torch.arange(len(prompt_NP))).tolist()
+        self.calls.append((len(prompt_NP), samples, eviction, draws))
         rows = []
         for prompt, pad in zip(prompt_NP.tolist(), pad_N.tolist(), strict=True):
             question = bytes(prompt[pad:]).decode()
             answer = follow(question, max_new - 1)
             wrong = eviction is not None and question[-1] != "a"
-            rows += [[*(b"?" * len(answer) if wrong else answer.encode()), eos]] * samples
+            rows += [[*(b"?" * len(answer) if wrong else answer.encode()), eos[0]]] * samples
         return SimpleNamespace(response_BR=torch.tensor(rows))
 
 
-def solved(**changes):
-    s = smd.checked(tiny(Path("."), **dict(hops=4, eval_prompts=150) | changes))
+@pytest.fixture
+def solver(monkeypatch) -> Solver:
     solver = Solver()
-    return Agent(s, solver, Eviction("knorm", 5)), solver
+    monkeypatch.setattr(shared, "sample", solver)
+    return solver
 
 
-def test_9_the_evaluation_knows_which_cache_was_right_about_which_question():
-    agent, solver = solved()
+def agent_of(**changes) -> Agent:
+    return Agent(train.checked(tiny(Path("."), **dict(asked=4, eval_prompts=150) | changes)))
+
+
+def test_the_evaluation_knows_which_cache_was_right_about_which_question(solver):
+    agent = agent_of()
     found = agent.evaluate()
     of_a = statistics.mean(e.prompt[-1] == "a" for e in agent.task.held_out(150))
     assert found == {"sparse": of_a, "dense": 1.0} and 0 < of_a < 0.2
     assert [call[:3] for call in solver.calls] == [(n, 1, agent.eviction) for n in (64, 64, 22)] + [
         (n, 1, None) for n in (64, 64, 22)
     ]
-    keys = [key for *_, key_N in solver.calls for key in key_N]
-    assert keys[:150] == keys[150:] and len(set(keys)) == 150, "each prompt draws the same with both caches"
-    another, other_solver = solved(seed=5)
-    assert another.evaluate() == found and other_solver.calls[-1] == solver.calls[-1], "the seed of the run decides"
+    draws = [draw for *_, draws in solver.calls for draw in draws]
+    assert draws[:150] == draws[150:] and len(set(draws)) == 150, "each prompt draws the same with both caches"
+    assert agent_of(seed=5).evaluate() == found and solver.calls[-1] == solver.calls[5], "the seed of the run decides"
     assert agent.evaluate(("sparse",)) == {"sparse": of_a}
 
 
-def test_9_an_answer_stands_beside_its_cache():
-    agent, solver = solved()
+def test_an_answer_stands_beside_its_cache(solver):
+    agent = agent_of()
     prompt = agent.task.draw(1, numpy_stream(5))[0].prompt[:-1] + "b"
     assert agent.answer(prompt) == f"sparse cache: ????\ndense cache:  {follow(prompt, 4)}"
     assert [call[2] for call in solver.calls] == [agent.eviction, None]
@@ -303,31 +328,27 @@ def test_9_an_answer_stands_beside_its_cache():
             agent.answer(wrong)
 
 
-def test_9_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
-    evicted, respond = [], Agent.respond
-    monkeypatch.setattr(Agent, "respond", lambda *args: evicted.append(args[2:4]) or respond(*args))
-    for method in ("dense", "naive", "smd"):
-        smd.train(tiny(tmp_path, method, method=method, steps=1, eval_every=0))
-    per_run = [[evict for samples, evict in evicted[n : n + 5]] for n in (0, 5, 10)]
-    # before: sparse, dense; the step; after: sparse, dense
-    assert per_run == [[True, False, evicts, True, False] for evicts in (False, True, True)]
-    assert [samples for samples, _ in evicted] == [1, 1, 4, 1, 1] * 3
+def test_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
+    calls, sample = [], shared.sample
+    monkeypatch.setattr(shared, "sample", lambda *args: calls.append((args[3], args[6] is not None)) or sample(*args))
+    for method, evicts in (("dense", False), ("naive", True), ("smd", True)):
+        calls.clear()
+        train.train(tiny(tmp_path, method, method=method, steps=1, eval_every=0))
+        # before: sparse, dense; the step; after: sparse, dense
+        assert calls == [(1, True), (1, False), (4, evicts), (1, True), (1, False)]
 
 
-def test_9_the_same_seed_asks_the_same_on_any_machine():
-    """The prompt that the README shows; another stream would be another base policy, and other results."""
-    readme = (ROOT / "README.md").read_text()
-    assert chain().held_out(1)[0].prompt in readme
+def test_the_same_seed_asks_the_same_on_any_machine():
+    """Another stream would be another base policy, and other results than those that are reported."""
+    assert chain().held_out(1)[0].prompt == "knjcmpalpjbfhenmciobiddhfaeggolk?g"
     assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
     assert streams.hashed(0, 1, torch.tensor(2)).item() == split_mix(0, 1, 2)
 
 
-def test_9_weights_begin_with_the_variance_that_is_said():
-    config = ModelConfig(vocab=500, width=128, layers=2, heads=4, kv_heads=2, ffn=200, qkv_bias=True, tied=False)
+def test_weights_begin_with_the_variance_that_is_said():
+    config = ModelConfig(vocab=500, width=128, layers=2, heads=4, kv_heads=2, ffn=200)
     for name, p in TinyModel(config, seed=1).named_parameters():
-        if name.endswith("bias"):
-            assert (p == 0).all()
-        elif p.ndim == 1:
+        if p.ndim == 1:
             assert (p == 1).all()
         else:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -335,14 +356,13 @@ def test_9_weights_begin_with_the_variance_that_is_said():
             assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5 * std / p.numel() ** 0.5
     a, b, c = (TinyModel(config, seed=seed).layers[0].mlp.up_proj.weight for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    for tied in (True, False):
-        model = TinyModel(ModelConfig(vocab=5, tied=tied))
-        assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    model = TinyModel(config)
+    assert model.lm_head.weight is model.embed_tokens.weight
 
 
 @torch.no_grad()
-def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkeypatch):
-    model, form, records = small_model(vocab=257), text.Form(text.load_encoding("bytes")), []
+def test_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkeypatch):
+    model, form, records = small_model(vocab=257), text.Form(text.load_encoding()), []
     forward = TinyModel.forward
     monkeypatch.setattr(TinyModel, "forward", lambda m, *args: records.append(args[2].clone()) or forward(m, *args))
     examples = [tasks.Example("abcdefgh", "xyz"), tasks.Example("abcde", "y"), tasks.Example("a", "xx")]
@@ -351,8 +371,11 @@ def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monk
     logp_BR, length_B = base.answer_logp(model, form, examples, generator, None)
     assert length_B.tolist() == [4, 2, 3] and logp_BR.shape == (3, 4)
     for b, (prompt, answer, *_) in enumerate(examples):
-        oracle = Oracle(model, list(prompt.encode()), [*answer.encode(), 256], None, 0)
-        compare("log-probs", logp_BR[b, : length_B[b]], oracle.logp, 1e-10)
+        tokens, P, no_padding = [*prompt.encode(), *answer.encode(), 256], len(prompt), torch.tensor([0])
+        never = never_evicted(no_padding, len(tokens)).expand(2, 1, 2, -1)
+        logp_TV = model.log_probs(model(torch.tensor([tokens]), no_padding, never)[0])
+        want = torch.stack([logp_TV[t - 1, tokens[t]] for t in range(P, len(tokens))])
+        compare("log-probs", logp_BR[b, : length_B[b]], want, 1e-10)
         assert (logp_BR[b, length_B[b] :] == 0).all()
 
     monkeypatch.setattr(base, "DROP", 0.3)
@@ -369,11 +392,11 @@ def test_9_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monk
     assert not torch.equal(found, again)
 
 
-def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
+def test_the_warm_up_goes_through_the_lessons(monkeypatch):
     """Each until a right answer has probability LEARNED, by a running mean; then the task, while the rate falls."""
-    task, form, seen, rates = chain(hops=2), text.Form(text.load_encoding("bytes")), [], []
+    task, form, seen, rates = chain(asked=2), text.Form(text.load_encoding()), [], []
     model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
-    agent = SimpleNamespace(model=model, task=task, form=form, source=None, s=SimpleNamespace(backend=None))
+    agent = SimpleNamespace(model=model, task=task, form=form, s=SimpleNamespace(backend=None, model=None))
 
     def loss(self, lesson, step):
         seen.append((lesson, step))
@@ -414,18 +437,21 @@ def test_9_the_warm_up_goes_through_the_lessons(monkeypatch):
     assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "not a mean over tokens"
 
 
-def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path):
+def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path, monkeypatch):
     """A base policy was made anew when a task was added to harness/tasks.py, and in each run on --data."""
 
     def path(**changes):
-        return base.base_path(smd.checked(tiny(tmp_path, **changes)))
+        return base.base_path(train.checked(tiny(tmp_path, **changes)))
 
     file = write(tmp_path / "a.jsonl", *numbered(20))
-    text = dict(data=file, hops=None)
-    names = [path(), path(warmup_steps=4), path(width=32), path(hops=3), path(**text)]
+    text = dict(data=file, asked=None)
+    names = [path(), path(warmup_steps=4), path(asked=3), path(**text)]
     assert path(**text) == names[-1]
     write(tmp_path / "a.jsonl", *numbered(21))
     names.append(path(**text))
+    with monkeypatch.context() as patch:
+        patch.setattr(Settings, "width", 32)
+        names.append(path())
     assert len(set(names)) == 6 and {name.parent for name in names} == {Path("out/cache")}
     assert path(seed=1, lr=1.0, method="naive", prompts=2, budget=16, steps=3) == names[0]
 
@@ -435,9 +461,10 @@ FIVE_LOSSES = [5.587438, 5.581090, 5.567293, 5.553065, 5.522652]
 FIVE_STEPS = "18e90b5571ee88b6"
 
 
-def test_the_supervised_steps_lead_where_they_led_to_the_base_policy_that_is_shipped():
+def test_the_supervised_steps_lead_where_they_led_to_the_base_policy_that_is_shipped(monkeypatch):
     """A change of the steps must come with another base.VERSION, and with `python -m harness.base`."""
-    agent = smd.agent_for(smd.checked(Settings(device="cpu")))
+    monkeypatch.setattr(Settings, "width", 128)
+    agent = Agent(train.checked(Settings(device="cpu")))
     warm_up, losses = base.WarmUp(agent), []
     for step in range(5):
         loss, _ = warm_up.loss(4, step)
@@ -451,8 +478,9 @@ def test_the_supervised_steps_lead_where_they_led_to_the_base_policy_that_is_shi
         assert digest.hexdigest()[:16] == FIVE_STEPS
 
 
-def test_the_base_policy_that_is_shipped_is_that_of_the_default_task(capsys):
-    agent = smd.agent_for(smd.checked(Settings(device="cpu", eval_prompts=128)))
+def test_the_base_policy_that_is_shipped_is_that_of_the_default_task(capsys, monkeypatch):
+    monkeypatch.setattr(Settings, "width", 128)
+    agent = Agent(train.checked(Settings(device="cpu", eval_prompts=128)))
     (shipped,) = base.SHIPPED.glob("base-*.pt")
     assert base.base_path(agent.s) == shipped and shipped.stat().st_size < 2.6e6
     base.load_base(agent)
@@ -469,25 +497,24 @@ def test_the_base_policy_that_is_shipped_can_be_made_anew(tmp_path, monkeypatch)
     monkeypatch.setattr(base.WarmUp, "lesson", lambda *_: None)
     (tmp_path / "base-old.pt").write_text("of an earlier version")
     base.main()
-    agent = smd.agent_for(smd.checked(Settings()))
+    agent = Agent(train.checked(Settings()))
     (made,) = tmp_path.glob("*.pt")
     assert made == base.base_path(agent.s)
     files.restore(made, agent.model)
 
 
-def test_9_text_to_tokens_and_back():
-    encoding = text.load_encoding("bytes")
-    form = text.Form(encoding)
+def test_text_to_tokens_and_back():
+    form = text.Form(text.load_encoding())
     rows, pad = text.tokenize(form, [tasks.Example(prompt, "") for prompt in ("abc", "é", "<|endoftext|>")], "cpu")
     assert pad.tolist() == [10, 11, 0] and rows.shape == (3, 13)
     assert rows[0].tolist() == [256] * 10 + [97, 98, 99] and rows[1, 11:].tolist() == [0xC3, 0xA9]
     assert rows[2].tolist() == list(b"<|endoftext|>"), "what looks like a special token is text"
     for tokens, want in (([97, 98, 256, 99], "ab"), ([256, 97], ""), ([0xC3, 0xA9], "é"), ([0xC3, 97], "\ufffda")):
-        assert text.decode(encoding, tokens) == want
+        assert form.decode(tokens) == want
     sparse = text.tiktoken.Encoding(
         "sparse", pat_str=".+", mergeable_ranks={b"a": 0, b"b": 2}, special_tokens={"<|endoftext|>": 4}
     )
-    assert text.decode(sparse, [0, 1, 2, 4, 0]) == "a\ufffdb"
+    assert text.Form(sparse).decode([0, 1, 2, 4, 0]) == "a\ufffdb"
     four, seven = tasks.Example("four", "abc", where="line 1: "), tasks.Example("seven..", "a", where="line 2: ")
     assert [text.check_example(form, example, 4, 11) for example in (four, seven)] == [4, 7]
     for example, max_new, context, message in (
@@ -498,26 +525,23 @@ def test_9_text_to_tokens_and_back():
             text.check_example(form, example, max_new, context)
 
 
-def test_9_the_share_of_the_context_that_was_seen_by_hand():
+def test_the_figures_of_a_rollout_by_hand():
     """A prompt of 3, of which the first column is padding, and responses of 3 and 1 tokens in columns 3 to 5.
 
     The queries in columns 3 and 4 see, if nothing is evicted, 3 and 4 keys. Column 1 is evicted at 3: two pairs less.
-    Column 3, at 4: one less, so 4 of 7. The second response has no query of its own.
+    Column 3, at 4: one less, so 4 of 7. The second response has no query of its own. A full cache holds 5 keys of each
+    sample, or the prompt once.
     """
-    record = torch.tensor([[0, 3, NEVER, 4, NEVER, NEVER], [0, 3, NEVER, NEVER, 0, 0]], dtype=torch.int32)
-    rollout = SimpleNamespace(
-        prompt_NP=torch.zeros(1, 3),
-        length_B=torch.tensor([3, 1]),
-        evicted_at_LBGT=record[None, :, None],
-        never_evicted_LBGT=torch.where(record == 0, 0, NEVER)[None, :, None],
-        kv_bytes=1,
-        full_kv_bytes=2,
-        full_kv_bytes_shared=3,
-    )
-    want = dict(visible_share=4 / 7, kv_bytes=1, full_kv_bytes=2, full_kv_bytes_shared=3)
-    assert report.of_rollout(rollout) == want
-    rollout.length_B = torch.tensor([1, 1])
-    assert report.of_rollout(rollout)["visible_share"] == 1.0, "of nothing, everything was seen"
+    evicted_at = torch.tensor([[0, 3, NEVER, 4, NEVER, NEVER], [0, 3, NEVER, NEVER, 0, 0]], dtype=torch.int32)
+    drawn = torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.tensor([3, 1])
+    rollout = smd.Rollout(torch.zeros(1, 3).long(), torch.tensor([1]), *drawn, evicted_at[None, :, None], 8)
+    bytes_of_one = dict(stored_kv_bytes=8, full_kv_bytes=10 * 2 * 5, full_kv_bytes_shared=10 * (3 + 2 * 2))
+    counts = report.counts(rollout, entry_bytes=10)
+    assert counts == dict(visible=4, causal=7) | bytes_of_one
+    nothing = dict(visible=0, causal=0) | bytes_of_one
+    of_two = {name: 2 * value for name, value in bytes_of_one.items()}
+    assert report.of_counts([counts, nothing]) == dict(visible_share=4 / 7) | of_two
+    assert report.of_counts([nothing])["visible_share"] == 1.0, "of nothing, everything was seen"
 
 
 def numbered(count: int, words: str = "what comes after {} is ") -> list[str]:
@@ -567,7 +591,7 @@ def test_an_answer_that_cannot_be_read_as_a_number_is_refused_by_its_line(answer
         ('{"prompt": "half a pair \\ud800 is", "answer": "x"}', r"'\\ud800' at character 12 is not Unicode text"),
         ('{"prompt": "what is it?", "answer": "\\udfff"}', r"'\\udfff' at character 0 is not Unicode text"),
         ("[" * 100_000 + "]" * 100_000, "not JSON in UTF-8"),
-        ('{"prompt": "hi", "answer": "x"}', r"--budget must be at least sinks \+ window = 5, got 1 \(50% of a"),
+        ('{"prompt": "hi", "answer": "x"}', "--budget must be at least 5 for snapkv, got 1 of a prompt's 2 tokens"),
         ('{"prompt": "' + "long " * 500 + '", "answer": "x"}', "a prompt of 2500 tokens with --max-new 128 exceeds"),
         (
             '{"prompt": "why is that so?", "answer": "' + "x" * 200 + '"}',
@@ -579,12 +603,12 @@ def test_what_no_run_can_use_is_refused_by_its_line(row, message, tmp_path):
     """Would catch an example counted without the blank lines before it, and a crash on the last print of a run."""
     file = write(tmp_path / "a.jsonl", *numbered(1), "", row)
     with pytest.raises(cli.UsageError, match=rf"a\.jsonl, line 3: {message}"):
-        smd.train(Settings(data=file))
+        train.train(Settings(data=file))
     assert not (tmp_path / "out").exists(), "something was written"
 
 
 def test_a_prompt_that_is_not_unicode_is_refused():
-    agent = smd.agent_for(smd.checked(Settings(width=16, device="cpu")))
+    agent = Agent(train.checked(Settings(device="cpu")))
     with pytest.raises(cli.UsageError, match=r"--prompt: '\\udcff' at character 2 is not Unicode text"):
         agent.answer("ab\udcff")
 
@@ -604,22 +628,20 @@ def test_few_and_repeated_prompts_are_said(tmp_path, capsys):
         assert capsys.readouterr().out == f"{file}: {said}\n"
 
 
-SMALL = dict(
-    device="cpu", width=16, warmup_steps=1, steps=1, prompts=2, samples=2, max_new=4, budget="80%", eval_every=0
-)
+SMALL = dict(device="cpu", warmup_steps=1, steps=1, prompts=2, samples=2, max_new=4, budget="80%", eval_every=0)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
     """Would catch a "before" and an "after" that are of different questions."""
     file = write(tmp_path / "a.jsonl", *numbered(20))
-    smd.train(Settings(**SMALL, data=file, out="run"))
-    smd.train(Settings(**SMALL | dict(steps=2), data=file, out="run", resume=True))
+    train.train(Settings(**SMALL, data=file, out="run"))
+    train.train(Settings(**SMALL | dict(steps=2), data=file, out="run", resume=True))
     same = runs.fingerprint(Settings(data=file))
     write(tmp_path / "a.jsonl", *numbered(20, "what follows {} is "))
     assert runs.fingerprint(Settings(data=file)) != same
     capsys.readouterr()
     for more in (["--steps", "3"], ["--prompt", "what comes after 3 is "]):
-        assert smd.main(["--resume", "--out", "run", *more]) == 2
+        assert train.main(["--resume", "--out", "run", *more]) == 2
         assert f"--out run holds a run whose --data {file} has changed since" in capsys.readouterr().err
 
 
@@ -628,3 +650,20 @@ def test_a_reward_beyond_float32_is_an_error_of_one_line(given):
     with pytest.raises(FloatingPointError, match=r"a reward is (-?inf|nan|1e\+39); it must be a finite number"):
         tasks.score(lambda *_: given, [tasks.Example("p", "a")], ["x"])
     assert tasks.score(lambda *_: 3e38, [tasks.Example("p", "a")], ["x"]) == [3e38]
+
+
+def test_a_prompt_of_the_facts_is_asked_as_the_task_asks_it():
+    """Would catch a --prompt after training whose answer is not begun as in training."""
+    for asked in (1, 3):
+        task = tasks.Facts(SimpleNamespace(asked=asked))
+        for example in task.draw(3, numpy_stream(1)):
+            assert example.begun and task.begun(example.prompt) == example.begun
+    assert task.begun("What is the capital of France?") == "" == chain().begun("abbc?a")
+
+
+def test_a_prompt_is_answered_with_the_most_probable_tokens():
+    model = small_model(torch.float32, vocab=257)
+    hidden = torch.randn(5, 32)
+    logp_XV = Greedy(model).log_probs(hidden)
+    assert torch.equal(logp_XV.argmax(-1), model.log_probs(hidden).argmax(-1))
+    assert (logp_XV.exp().sum(-1) == 1).all() and logp_XV.isfinite().all()
