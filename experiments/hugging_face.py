@@ -1,107 +1,101 @@
-"""An unchanged model of the transformers package as learner, and as sampler with a press of kvpress.
+"""A press of kvpress as sampler, under `generate` of the transformers package, and our learner of the same model.
 
-    python -m experiments.hugging_face          both on SmolLM2
+    python -m experiments.hugging_face                  presses on SmolLM2, beside our own sampler
+    python -m experiments.hugging_face --model FOLDER   on a model of your own
 
-What a press keeps of the prompt under `generate` becomes `evicted_at`. Letters as in smd.py; K columns are kept.
+Which of the prompt's keys a press has kept becomes evicted_at. Letters as in smd.py; K of P columns are kept.
 """
 
 if not __package__:  # then none of the project's modules is found
     raise SystemExit("run it from the project's folder: python -m experiments.hugging_face")
 
-import copy
-import importlib.util
-from collections.abc import Callable
+import argparse
 
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("transformers") is None:
-    raise SystemExit("the package transformers is needed for this: pip install transformers")
+from experiments.common import agent_of, command
+from harness.pretrained import Pretrained
+from kernel import NEVER, demand
 
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-
-import smd
-from experiments.common import command
-from kernel import NEVER, demand, shadow_attention
-from tiny_model import rope_positions
+SAMPLES, NEW = 12, 16
+LARGEST_ERROR = 1e-3  # of a log-prob in float32: beyond, a press did more than to evict
 
 
-def attention(module, q_BHTD, k_BGTD, v_BGTD, _, dropout=0.0, *, scaling: float, record_LBGT: Tensor, **more):
-    """`shadow_attention`, as transformers calls it; the record comes with the call of the model."""
-    asks = [name for name in ("dropout", "sliding_window", "softcap") if (more | dict(dropout=dropout)).get(name)]
-    demand(not asks, f"the model asks for {', '.join(asks)}, which shadow_attention does not compute")
-    q_BHTD = q_BHTD * (scaling * q_BHTD.shape[-1] ** 0.5)  # 1 in most families
-    return shadow_attention(q_BHTD, k_BGTD, v_BGTD, record_LBGT[module.layer_idx]).transpose(1, 2), None
-
-
-AttentionInterface.register("shadow", attention)
-AttentionMaskInterface.register("shadow", lambda *_, **__: None)  # no T×T mask: the record says it all
-
-
-def learner(model, tokens_BT: Tensor, pad_B: Tensor, P: int) -> Callable[[Tensor], Tensor]:
-    """forward(record), as `smd_loss` of the notebook takes it: log-probs (B, R, V) of the response tokens."""
-    T = tokens_BT.shape[1]
-    given = dict(position_ids=rope_positions(pad_B, T), use_cache=False, logits_to_keep=T - P + 1)
-
-    def forward(record_LBGT: Tensor) -> Tensor:
-        model.set_attn_implementation("shadow")  # here, because the sampler may have had the model since
-        return model(tokens_BT, record_LBGT=record_LBGT, **given).logits[:, :-1].float().log_softmax(dim=-1)
-
-    return forward
-
-
-def recording(press, kept: list[Tensor]):
-    """The press, appending to `kept`, layer by layer, which columns (B, G, K) it keeps of the prompts."""
-    watching = copy.copy(press)
-
-    def watched(module, hidden, k_BGPD: Tensor, v_BGPD: Tensor, *rest):
-        # columns take the way of the values: integers, so that a press whose scores read the values' norms fails
-        column_BGPD = torch.arange(k_BGPD.shape[2], device=k_BGPD.device)[:, None].expand_as(v_BGPD)
-        k_BGKD, column_BGKD = type(press).compress(watching, module, hidden, k_BGPD, column_BGPD, *rest)
-        kept.append(column_BGKD[..., 0])
-        return k_BGKD, v_BGPD.gather(2, column_BGKD)
-
-    watching.compress = watched
-    return watching
+def kept_columns(prompt, cache, K: int) -> Tensor:
+    """Which of a prompt's columns (B, G, P) make the first K of a layer's cache; ValueError where none do."""
+    same_BGKP = (cache.keys[:, :, :K, None] == prompt.keys[:, :, None]).all(dim=-1)
+    column_BGK = same_BGKP.int().argmax(dim=-1)
+    kept_BGP = torch.zeros_like(same_BGKP[:, :, 0]).scatter(-1, column_BGK, True)
+    value_BGKD = prompt.values.gather(2, column_BGK[..., None].expand_as(cache.values[:, :, :K]))
+    whole = (
+        same_BGKP.any(dim=-1).all() and (kept_BGP.sum(dim=-1) == K).all() and value_BGKD.equal(cache.values[:, :, :K])
+    )
+    demand(whole, "the press does more than evict keys from each head when the prompt ends")
+    return kept_BGP
 
 
 @torch.no_grad()
-def sample(model, press, tokens_BP: Tensor, max_new: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Responses (B, R) by `generate` under a press, their log-probs, and evicted_at (L, B, G, T); no end of text."""
-    model.set_attn_implementation("sdpa")
-    kept = []
-    given = dict(attention_mask=torch.ones_like(tokens_BP), max_new_tokens=max_new, do_sample=True)
-    given |= dict(temperature=1.0, top_k=0, top_p=1.0, eos_token_id=model.config.vocab_size, pad_token_id=0)
-    with recording(press, kept)(model):
-        found = model.generate(tokens_BP, return_dict_in_generate=True, output_logits=True, output_scores=True, **given)
+def sample(model: Pretrained, press, tokens_BP: Tensor, max_new: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Responses (B, R) by `generate` under a press, their log-probs, and evicted_at (L, B, G, T); no end of text.
+
+    ValueError where a press does anything but evict keys from each head when the prompt ends.
+    """
+    whole, P = model.whole, tokens_BP.shape[1]
+    whole.set_attn_implementation("sdpa")
+    try:
+        given = dict(attention_mask=torch.ones_like(tokens_BP), use_cache=True)
+        of_prompt = whole(tokens_BP, **given).past_key_values
+        given |= dict(temperature=1.0, top_k=0, top_p=1.0, eos_token_id=model.config.vocab, pad_token_id=0)
+        given |= dict(max_new_tokens=max_new, do_sample=True, return_dict_in_generate=True)
+        with press(whole):
+            found = whole.generate(tokens_BP, output_logits=True, output_scores=True, **given)
+    finally:
+        whole.set_attn_implementation("shadow")
     demand(all(map(torch.equal, found.scores, found.logits)), "model.generation_config changes the distribution")
-    P = tokens_BP.shape[1]
     response_BR = found.sequences[:, P:]
-    kept_LBGK = torch.stack(kept)
     logp_BRV = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
-    dropped_LBGP = kept_LBGK.new_full((*kept_LBGK.shape[:3], P), P, dtype=torch.int32)
-    record_LBGT = torch.nn.functional.pad(dropped_LBGP.scatter(-1, kept_LBGK, NEVER), (0, max_new), value=NEVER)
-    return response_BR, logp_BRV.gather(-1, response_BR[..., None])[..., 0], record_LBGT
+    logp_BR = logp_BRV.gather(-1, response_BR[..., None])[..., 0]
+    kept = []
+    for before, after in zip(of_prompt.layers, found.past_key_values.layers, strict=True):
+        K = after.keys.shape[2] - (max_new - 1)  # behind them are the response's, all but the last
+        kept.append(kept_columns(before, after, K))
+    evicted_at_LBGP = torch.where(torch.stack(kept), NEVER, P).int()
+    record_LBGT = torch.nn.functional.pad(evicted_at_LBGP, (0, max_new), value=NEVER)
+    error = (replayed(model, tokens_BP, response_BR, record_LBGT) - logp_BR).abs().max().item()
+    demand(error < LARGEST_ERROR, f"what the press has kept does not explain what it drew: off by {error:.1e}")
+    return response_BR, logp_BR, record_LBGT
 
 
 @torch.no_grad()
+def replayed(model: Pretrained, tokens_BP: Tensor, response_BR: Tensor, record_LBGT: Tensor) -> Tensor:
+    """Log-probs (B, R) of the response tokens by the learner under a record."""
+    no_padding_B = tokens_BP.new_zeros(len(tokens_BP))
+    hidden_BTC = model(torch.cat((tokens_BP, response_BR), dim=1), no_padding_B, record_LBGT)
+    logp_BRV = model.log_probs(hidden_BTC[:, tokens_BP.shape[1] - 1 : -1])
+    return logp_BRV.gather(-1, response_BR[..., None])[..., 0]
+
+
 def main() -> None:
     import kvpress
 
-    agent = smd.agent_for(smd.checked(smd.Settings(model="smollm2", device="cpu")))
-    file = dict(gguf_file=agent.source.path.name, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(agent.source.path.parent, **file)
-    r, _ = agent.respond(agent.task.held_out(1), 12, True, torch.Generator().manual_seed(0), max_new=16)
-    prompt_BP = r.prompt_NP.expand(12, -1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    agent = agent_of(model=parser.parse_args().model, device="cpu")
+    r, _ = agent.respond(agent.task.held_out(1), SAMPLES, True, agent.keys(1, 0), max_new=NEW)
+    prompt_BP = r.prompt_NP.expand(SAMPLES, -1)
     rollouts = dict(ours=(r.response_BR, r.logp_BR, r.evicted_at_LBGT))
-    presses = kvpress.SnapKVPress(0.75, window_size=8), kvpress.KnormPress(0.75)
-    rollouts |= {type(press).__name__: sample(model, press, prompt_BP, 16) for press in presses}
+    for press in (
+        kvpress.SnapKVPress(0.75, window_size=8),
+        kvpress.KnormPress(0.75),
+        kvpress.ExpectedAttentionPress(0.75),
+    ):
+        rollouts[type(press).__name__] = sample(agent.model, press, prompt_BP, NEW)
     print("largest |log π of the learner - log π that the sampler recorded|")
     for name, (response_BR, logp_BR, record_LBGT) in rollouts.items():
-        forward = learner(model, torch.cat((prompt_BP, response_BR), dim=1), r.pad_N.expand(12), prompt_BP.shape[1])
         for seen, record in (("under the record", record_LBGT), ("dense", torch.full_like(record_LBGT, NEVER))):
-            found_BR = forward(record).gather(-1, response_BR[..., None])[..., 0]
-            print(f"  {name:12} {seen:18} {(found_BR - logp_BR)[logp_BR != 0].abs().max().item():.1e}")
+            found_BR = replayed(agent.model, prompt_BP, response_BR, record)
+            print(f"  {name:22} {seen:18} {(found_BR - logp_BR)[logp_BR != 0].abs().max().item():.1e}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The area of the tiles that the kernels visit, and the time that they take beside other attentions.
 
-    python -m experiments.kernels                        prints both tables, and writes all figures as JSON
-    python -m experiments.kernels --out other/file.json
+    python -m experiments.kernels          prints both tables, and keeps them in out/kernels
 
 The kernels are timed on CUDA, beside SDPA's flash (causal and blind to eviction: what the hardware can do), SDPA with a
-boolean mask, and FlexAttention with the same mask, after a check that the kernels are right. Without CUDA the plain
+boolean mask, and FlexAttention with the same mask, after a check that the kernels are right. TFLOP/s count visible
+pairs only. MiB is the peak of forward and backward, with what is prepared once for a mask. Without CUDA the plain
 version is timed beside dense SDPA. The letters are those of kernel.py.
 """
 
@@ -13,11 +13,7 @@ if not __package__:  # then none of the project's modules is found
 
 import argparse
 import itertools
-import json
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.benchmark import Timer
 
 import kernel
-from kernel import EPOCH, NEVER, Blocks, Record
+from experiments.common import command, table
+from harness.cli import require
+from harness.report import Progress
+from kernel import EPOCH, NEVER, Blocks, ShadowMask
 
 H, G = 16, 4
 LENGTHS = 2048, 8192, 32768
 CPU_LENGTHS = 512, 1024
-ORDERS = {"position": None, "time of death": 1, f"epoch of {EPOCH}": EPOCH}  # of the keys -> epoch of `list_tiles`
-CPU_COLUMNS = dict(forward="forward ms", both="+ backward ms")  # figure of `measure` -> heading
-CUDA_COLUMNS = CPU_COLUMNS | dict(prepare="prepare ms", tflops_forward="TFLOP/s", tflops_both="+ backward", mib="MiB")
+ORDERS = {"position": None, "time of eviction": 1, f"epoch of {EPOCH}": EPOCH}  # of the keys -> epoch of `list_tiles`
 
 
 def prompt_length(T: int) -> int:
@@ -51,7 +49,7 @@ def compressed_once(T: int, kept: float, seed: int) -> Tensor:
 
 
 def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
-    """evicted_at (T,) where every `interval` tokens random victims leave `budget` keys: the worst case for sorting."""
+    """evicted_at (T,) where random evictions leave `budget` keys every `interval` tokens: the worst case to sort."""
     generator = torch.Generator().manual_seed(seed)
     evicted_at = torch.full((T,), NEVER, dtype=torch.int32)
     live = torch.arange(0)
@@ -68,45 +66,37 @@ PATTERNS["rolling"] = partial(rolling, budget=1024, interval=128)
 
 
 def visible_pairs(evicted_at: Tensor, q_start: int, Tq: int) -> int:
-    """(query, key) pairs in which the key is visible, over all sequences and kv heads."""
+    """(query, key) pairs in which the key is visible, over all rows of evicted_at (..., T)."""
     first = torch.arange(evicted_at.shape[-1], device=evicted_at.device).clamp(min=q_start)
     return (evicted_at.clamp(max=q_start + Tq) - first).clamp(min=0).sum().item()
 
 
 def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> float:
     """Area of the tiles that are visited over visible pairs: 1 would be a kernel that wastes nothing."""
-    tiles = kernel.list_tiles(evicted_at, q_start, Tq, blocks, epoch)
+    tiles = kernel.list_tiles(evicted_at.flatten(0, -2), q_start, Tq, blocks, epoch)
     visited = len(tiles.by_block.index) - 1
     return visited * blocks.M * blocks.N / visible_pairs(evicted_at, q_start, Tq)
 
 
-def tile_table() -> list[dict]:
-    """Print what each order of the keys wastes; the same as rows, each ratio for all queries and for the response's."""
-    print("area of the tiles of 128 x 64 over visible pairs, in all rows and in the response's, by order of the keys")
-    print(f"{'T':>6} {'pattern':9}" + "".join(f"{order:>16}" for order in ORDERS))
-    blocks = kernel.block_sizes(torch.bfloat16, 64, room=0)  # of D = 64, the same on all GPUs
-    rows = []
+def tile_ratios() -> dict[str, list[dict]]:
+    """What each order of the keys wastes, in all rows and in the response's."""
+    blocks = kernel.block_sizes(torch.bfloat16, 64, shared_memory=0)  # of D = 64, the same on all GPUs
+    groups = {}
     for T, pattern in itertools.product(LENGTHS, PATTERNS):
-        record = PATTERNS[pattern](T, seed=0)[None, None]
-        found = {
-            order: [tile_ratio(record, q_start, T - q_start, blocks, epoch) for q_start in (0, prompt_length(T))]
-            for order, epoch in ORDERS.items()
-        }
-        rows.append(dict(T=T, pattern=pattern) | found)
-        print(f"{T:6} {pattern:9}" + "".join(f"{a:11.2f} {b:.2f}" for a, b in found.values()))
-    return rows
+        evicted_at = PATTERNS[pattern](T, seed=0)[None]
+        row = {}
+        for order, epoch in ORDERS.items():
+            for rows, q_start in (("all", 0), ("response", prompt_length(T))):
+                row[f"{order}, {rows}"] = tile_ratio(evicted_at, q_start, T - q_start, blocks, epoch)
+        groups[f"T = {T:,}, {pattern}"] = [row]
+    return groups
 
 
 def milliseconds(run: Callable, device: str) -> float:
     """Median of several runs after warm-up: device time with a cold L2 cache, or wall time on the CPU."""
     if device == "cuda":
         return kernel.triton.testing.do_bench(run, return_mode="median")
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
+    return 1e3 * Timer("run()", globals=dict(run=run)).blocked_autorange().median
 
 
 def dense_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -117,17 +107,17 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    """Name -> what prepares all that the record alone decides, and returns the attention to be timed."""
+    """Name -> what prepares all that the mask alone decides, and returns the attention to be timed."""
     from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
     Tq, T = q.shape[2], k.shape[2]
     by_head = evicted_at.repeat_interleave(H // G, dim=1)
     # its faster kernels want static shapes
-    listed = torch.compile(flex_attention.create_block_mask, dynamic=False)
+    block_mask_of = torch.compile(flex_attention.create_block_mask, dynamic=False)
     attention = torch.compile(flex_attention.flex_attention, dynamic=False)
 
     def ours():
-        layer = Record(evicted_at[None])[0]
+        layer = ShadowMask(evicted_at[None])[0]
         kernel.tiles_for(q, layer, q_start)  # listed here, not when the attention is timed
         return lambda: kernel.attention_triton(q, k, v, layer, q_start)
 
@@ -141,115 +131,77 @@ def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
         visible_BHqT = (j <= i) & (i < by_head[:, :, None])
         return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BHqT, enable_gqa=True)
 
-    def seen(b, h, i, j):
-        return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
-
     def flex():
-        block_mask = listed(seen, 1, H, Tq, T, device=q.device)
+        def visible(b, h, i, j):
+            return (j <= i + q_start) & (i + q_start < by_head[b, h, j])
+
+        block_mask = block_mask_of(visible, 1, H, Tq, T, device=q.device)
         return lambda: attention(q, k, v, block_mask=block_mask, enable_gqa=True)
 
     return dict(ours=ours, flash=lambda: flash, mask=mask, flex=flex)
 
 
 def cpu_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    plain = partial(kernel.attention_torch, q, k, v, Record(evicted_at[None])[0], q_start)
+    plain = partial(kernel.attention_torch, q, k, v, ShadowMask(evicted_at[None])[0], q_start)
     return dict(torch=lambda: plain, dense=lambda: partial(dense_sdpa, q, k, v))
 
 
-def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict:
+def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict[str, float]:
     """Milliseconds forward and forward + backward; on CUDA also to prepare, TFLOP/s on visible pairs, and peak MiB."""
     device = qkv[0].device.type
-    row = {}
-    try:
-        held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        attention = prepare()
-        do = torch.randn_like(attention())
-        row["forward"] = milliseconds(attention, device)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row["both"] = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do), device)
-        if device == "cuda":
-            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20  # with what was prepared
-            row["prepare"] = milliseconds(prepare, device)
-            # two products of matrices forward and five backward, 2 D operations for a pair in each
-            for name, products in (("forward", 2), ("both", 7)):
-                row[f"tflops_{name}"] = products * 2 * do.shape[-1] * pairs / row[name] / 1e9
-    except Exception as e:  # a row that cannot be had says why
-        reason = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e) or type(e).__name__
-        row["error"] = reason.splitlines()[0][:80]
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    attention = prepare()
+    do = torch.randn_like(attention())
+    row = {"forward ms": milliseconds(attention, device)}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row["+ backward ms"] = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do), device)
+    if device == "cuda":
+        row["MiB"] = (torch.cuda.max_memory_allocated() - held) / 2**20  # with what was prepared
+        row["prepare ms"] = milliseconds(prepare, device)
+        # two products of matrices forward and five backward, 2 D operations for a pair in each
+        row["TFLOP/s"] = 2 * 2 * do.shape[-1] * pairs / row["forward ms"] / 1e9
+        row["+ backward"] = 7 * 2 * do.shape[-1] * pairs / row["+ backward ms"] / 1e9
     return row
 
 
-def shapes(device: str) -> Iterator[tuple[int, int, int, str]]:
-    """D, T, q_start and pattern of each measurement."""
+def times(device: str) -> dict[str, list[dict]]:
+    """Every contender at every shape, on random queries, keys and values, with another mask for each kv head."""
+    dtype, contenders = torch.float32, cpu_contenders
+    shapes = [(64, T, "25% kept") for T in CPU_LENGTHS]  # the plain version's work does not depend on the mask
     if device == "cuda":
-        cases = itertools.product((64, 128), LENGTHS, (False, True), PATTERNS)
-    else:
-        # the plain version does the same work whatever is evicted
-        cases = itertools.product((64,), CPU_LENGTHS, (False, True), ["25% kept"])
-    for D, T, response_only, pattern in cases:
-        yield D, T, prompt_length(T) if response_only else 0, pattern
-
-
-def measurements(device: str, dtype: torch.dtype, contenders: Callable) -> Iterator[dict]:
-    """Every contender at every shape, on random queries, keys and values and a record for each kv head."""
-    for D, T, q_start, pattern in shapes(device):
-        record = torch.stack([PATTERNS[pattern](T, seed=seed) for seed in range(G)])[None].to(device)
-        sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
-        qkv = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
-        pairs = visible_pairs(record, q_start, T - q_start) * H // G
-        for name, prepare in contenders(*qkv, record, q_start).items():
-            yield dict(name=name, D=D, T=T, q_start=q_start, pattern=pattern) | measure(prepare, qkv, pairs)
-
-
-def time_table(device: str) -> list[dict]:
-    """Print what `measurements` finds, as it is found; the same as rows."""
-    if device == "cuda":
-        dtype, contenders, columns = torch.bfloat16, cuda_contenders, CUDA_COLUMNS
-        print("\nTFLOP/s count visible pairs only; MiB is the peak of forward and backward, with what was prepared")
-    else:
-        dtype, contenders, columns = torch.float32, cpu_contenders, CPU_COLUMNS
-    print(f"\nB = 1, H = {H}, G = {G}, {dtype}")
-    print(f"{'D':>3} {'T':>6} {'pattern':9} {'rows':9} {'name':6}" + "".join(f"{c:>15}" for c in columns.values()))
-    rows = []
-    for row in measurements(device, dtype, contenders):
-        where = "response" if row["q_start"] else "all"
-        figures = "  " + row["error"] if "error" in row else "".join(f"{row[key]:15.2f}" for key in columns)
-        print(f"{row['D']:3} {row['T']:6} {row['pattern']:9} {where:9} {row['name']:6}" + figures, flush=True)
-        rows.append(row)
-    return rows
-
-
-def writable(text: str) -> Path:
-    """The path, if a file can be written there: better to know before minutes of work than after."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f"cannot write {path}: {e.strerror}") from e
-    return path
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=writable, default="out/kernels.json", help="file for all figures, as JSON")
-    out = parser.parse_args().out
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    found = dict(device=name, torch=torch.__version__)
-    errors = {}
-    if device == "cuda":
+        dtype, contenders = torch.bfloat16, cuda_contenders
+        shapes = list(itertools.product((64, 128), LENGTHS, PATTERNS))
         torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
-        errors = kernel.check(device)
-        # JSON has no NaN
-        found["errors"] = {case: error if math.isfinite(error) else None for case, error in errors.items()}
-    found["tile_ratios"] = tile_table()
-    found["times"] = time_table(device)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(out)
-    return int(not all(error < kernel.LIMIT for error in errors.values()))
+    groups = {}
+    with Progress("times", 2 * len(shapes)) as progress:
+        for (D, T, pattern), rows in itertools.product(shapes, ("all rows", "response")):
+            q_start = 0 if rows == "all rows" else prompt_length(T)
+            evicted_at = torch.stack([PATTERNS[pattern](T, seed=g) for g in range(G)])[None].to(device)
+            sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
+            qkv = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
+            pairs = visible_pairs(evicted_at, q_start, T - q_start) * H // G
+            for name, prepare in contenders(*qkv, evicted_at, q_start).items():
+                name = f"D = {D}, T = {T:,}, {pattern}, {rows}: {name}"
+                try:
+                    groups[name] = [measure(prepare, qkv, pairs)]
+                except Exception as e:  # a row that cannot be had says why
+                    groups[f"{name}: {(str(e) or type(e).__name__).splitlines()[0][:80]}"] = [{}]
+            progress.step()
+    return groups
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    errors = kernel.check(device) if device == "cuda" else {}
+    print("area of the tiles of 128 x 64 over visible pairs, by order of the keys")
+    print(table(tile_ratios(), Path("out/kernels/tiles.md")))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"B = 1, H = {H}, G = {G}, on {name}")
+    print(table(times(device), Path("out/kernels/times.md")))
+    require(all(error < kernel.LIMIT for error in errors.values()), "the kernels are wrong: see the check above")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -17,12 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import smd
-from experiments.common import command, positive, table
-from harness import device, tasks
+from experiments.common import agent_of, command, positive, table
+from harness import device, tasks, train
 
-BATCHES = 5
 COLUMNS = dict(kl_sparse_dense="KL(sparse‖dense)", ess_sequence="ESS", overlap_p05="overlap p05", accuracy="right %")
-BUDGETS = "50%", "25%"
 
 
 def measured(agent, step: int) -> dict[str, float]:
@@ -30,7 +28,7 @@ def measured(agent, step: int) -> dict[str, float]:
     examples, key_N = agent.draw(step)
     rollout, texts = agent.respond(examples, agent.s.samples, True, key_N)
     with device.precision(agent.s):
-        found = smd.diagnose(agent.model, rollout, agent.s.backend)
+        found = train.diagnose(agent.model, rollout, agent.runtime)
     found["accuracy"] = 100 * tasks.accuracy(agent.task, texts, examples)
     return {heading: found[name] for name, heading in COLUMNS.items()}
 
@@ -38,11 +36,11 @@ def measured(agent, step: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--batches", type=positive, default=BATCHES)
+    parser.add_argument("--batches", type=positive, default=5)
     given = parser.parse_args()
     groups = {}
-    for policy, budget in tqdm(list(itertools.product(smd.EVICTIONS, BUDGETS))):
-        agent = smd.agent_for(smd.checked(smd.Settings(model=given.model, eviction=policy, budget=budget, max_new=10)))
+    for policy, budget in tqdm(list(itertools.product(smd.POLICIES, ("50%", "25%")))):
+        agent = agent_of(model=given.model, eviction=policy, budget=budget, max_new=10)
         groups[f"{policy}, {budget}"] = [measured(agent, step) for step in range(1, given.batches + 1)]
     print(table(groups, Path("out/mismatch.md")))
 

@@ -16,20 +16,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 import smd
-from experiments.common import command, table
+from experiments.common import agent_of, command, table
 from experiments.compare import SEARCH_SEED
 from harness import runs
 from harness.cli import require
-
-BUDGETS = "100%", "50%", "25%", "12%"
+from harness.settings import Settings
 
 
 def tolerated(run: Path, config: dict) -> dict[str, float]:
     """Accuracy in percent with each budget; config: the run's settings."""
     found = {}
-    for budget in BUDGETS:
-        s = smd.Settings(**config | dict(model=str(run / "model"), budget=budget))
-        found[f"{budget} kept"] = 100 * smd.agent_for(smd.checked(s)).evaluate(("sparse",))["sparse"]
+    for budget in ("100%", "50%", "25%", "12%"):
+        agent = agent_of(**config | dict(model=str(run / "model"), budget=budget))
+        found[f"{budget} kept"] = 100 * agent.evaluate(("sparse",))["sparse"]
     return found
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     given = parser.parse_args()
     groups: dict[str, list] = {}
     for run in tqdm([path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]):
-        config = runs.read_config(run, smd.Settings)
+        config = runs.read_config(run, Settings)
         if config["seed"] != SEARCH_SEED and config["method"] in given.methods:
             found = tolerated(run, config)
             groups.setdefault(config["method"], []).append(found)
