@@ -19,13 +19,13 @@ from tiny_model import ModelConfig, TinyModel
 
 CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
 EVALUATION_BATCH = 64  # held-out prompts at a time
-PRETRAINED_BATCH = 16  # of a pretrained model, whose dense cache of 64 prompts would be the most that a run ever holds
-CONTEXT = 2048  # tokens of a prompt and its response: more of them do not fit into a laptop's memory
+PRETRAINED_BATCH = 16  # the same for a pretrained model: a dense cache of 64 prompts would set a run's peak memory
+CONTEXT = 2048  # most tokens of a prompt and its response, which a laptop's memory still holds
 ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
 
 
 def swiglu_width(width: int) -> int:
-    """8/3 of the model's, up to a multiple of 32: so its three matrices weigh what two of 4 times the width would."""
+    """8/3 of the model's width, rounded up to a multiple of 32: as many weights as an MLP of 4 times the width."""
     return 32 * math.ceil(width * 8 / 96)
 
 
@@ -97,14 +97,9 @@ class Agent:
         return [self.form.decode(row) for row in rollout.response_BR.tolist()]
 
     def respond(
-        self,
-        examples: list[Example],
-        samples: int,
-        evict: bool,
-        key_N: Tensor,
-        max_new: int | None = None,
+        self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, max_new: int | None = None,
         greedy: bool = False,
-    ) -> tuple[smd.Rollout, list[str]]:
+    ) -> tuple[smd.Rollout, list[str]]:  # fmt: skip
         """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
         limits = samples, max_new or self.s.max_new, self.form.ends
         eviction = self.eviction if evict else None
@@ -125,7 +120,7 @@ class Agent:
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.s.model is None else PRETRAINED_BATCH
         batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
-        # of several processes, each takes whole batches: so they are those of a single one
+        # each process takes whole batches, so that the batches are those of a single process
         batches = batches[parallel.share(len(batches))]
 
         def answers(cache: str) -> list[str]:

@@ -1,7 +1,9 @@
 """A run: warm up, evaluate, train, evaluate; with its files, its log, and several processes where torchrun starts them.
 
-train(Settings(steps=50))                                         the chain task
-train(Settings(data="file.jsonl"), reward=my_reward)              a reward of your own
+    train(Settings(steps=50))                                     the chain task
+    train(Settings(data="file.jsonl"), reward=my_reward)          a reward of your own
+
+`train` returns what summary.json holds.
 """
 
 import math
@@ -92,7 +94,7 @@ def split(batch: smd.Batch, parts: int) -> list[smd.Batch]:
 
 
 def gradient(model, batch: smd.Batch, s: Settings, config: smd.Config, runtime: smd.Runtime) -> dict[str, Tensor]:
-    """Accumulate the gradient of the batch in s.accumulate parts and over all processes; figures for the log."""
+    """Accumulate this process's gradient in s.accumulate parts. Returns figures for the log, over all processes."""
     totals = batch.totals(runtime)
     rows = []
     for part in split(batch, s.accumulate):

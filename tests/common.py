@@ -11,21 +11,10 @@ import torch
 import smd
 from harness import cli, shared, streams, text
 from harness.settings import Settings
-from tiny_model import ModelConfig, TinyModel
+from test_smd import EOS, compare, small_model  # noqa: F401 (also for the files of tests)
 
 ROOT = Path(__file__).parents[1]
-EOS = 19
 POLICIES = list(smd.POLICIES)
-
-
-def small_model(dtype=torch.float64, seed=0, **changes) -> TinyModel:
-    """Random weights, doubled: attention sharp enough for what is evicted to matter."""
-    config = ModelConfig(**dict(vocab=20, width=32, layers=2, heads=4, kv_heads=2, ffn=48) | changes)
-    model = TinyModel(config, seed=seed).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2.0)
-    return model
 
 
 def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
@@ -41,12 +30,6 @@ def ragged_rollout(
     eviction = None if budget is None else smd.Eviction(policy, budget, interval=3, window=3, sinks=1)
     uniform = streams.keyed(streams.hashed(seed, torch.arange(len(lengths))), samples)
     return sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, uniform)
-
-
-def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    error, scale = (got - want).abs().max().item(), want.square().mean().sqrt().item()
-    rms = (got - want).square().mean().sqrt().item() / max(scale, 1e-300)
-    assert error <= tolerance, f"{name}: max error {error:.1e} > {tolerance:.0e}, RMS ratio {rms:.1e}"
 
 
 def peak_of_trace(work) -> int:
