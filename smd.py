@@ -11,11 +11,11 @@ sampler records one integer per key, evicted_at, and the learner applies exactly
 π_dense is the learner under the full causal mask. It follows π_shadow (track 2), so that the trained model also serves
 with a full cache. The gradient takes the choice of keys as given: it does not learn which keys to keep.
 
-Departures from the paper: (1) a tiny model and small tasks; (2) the policy loss is divided by sequences × the longest
-possible response, so that all tokens weigh the same (Dr. GRPO), not by each response's own length; (3) the KL of track
-2 is averaged over the response tokens of the batch; (4) one update per batch of rollouts, so that the clipped ratio is
-1 (a run's `--epochs` changes that); (5) the S samples of a prompt share its prefill and what is
-evicted right after it.
+GRPO is simplified: (1) one update per batch of rollouts, so the clipped ratio is 1 (a run's `--epochs` allows more);
+(2) no KL to a reference policy (`--kl-ref` adds it); (3) the policy loss is divided by sequences × the longest possible
+response, so that all tokens weigh the same (Dr. GRPO). The paper is changed in these points: (4) the model and the
+tasks are small; (5) the KL of track 2 is averaged over the response tokens of the batch; (6) the S samples of a prompt
+share its prefill and the evictions that follow it directly.
 
 `python smd.py` runs the demonstration, 100 steps on a retrieval task. The file reads in the order in which a step runs.
 harness/shared.py has a cache and a replay that compute each prompt once; runs use them, and tests prove them equal.
@@ -26,11 +26,9 @@ response tokens in one row. A column counts from the left edge of the padded bat
 rule above. The RoPE position is the column less the padding before it.
 """
 
-import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -116,9 +114,6 @@ class LayerCache:
     def newest(self, count: int | Tensor) -> Tensor:
         return self.column_BGK >= self.now - count
 
-    def sinks(self) -> Tensor:
-        return self.column_BGK < self.pad_B[:, None, None] + self.eviction.sinks
-
     def keys(self) -> Tensor:
         return self.k_BGKD.to(accumulation_dtype(self.k_BGKD.dtype, self.k_BGKD.device))
 
@@ -137,8 +132,7 @@ class LayerCache:
 
     def append(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> None:
         """Store one token."""
-        W = self.q_BHWD.shape[2]
-        self.q_BHWD = torch.cat((self.q_BHWD, q_BH1D), dim=2)[:, :, -W:] if W else self.q_BHWD
+        self.q_BHWD = torch.cat((self.q_BHWD, q_BH1D), dim=2)[:, :, 1:]
         self.k_BGKD = torch.cat((self.k_BGKD, k_BG1D), dim=2)
         self.v_BGKD = torch.cat((self.v_BGKD, v_BG1D), dim=2)
         self.column_BGK = F.pad(self.column_BGK, (0, 1), value=self.now)
@@ -248,7 +242,7 @@ def eviction_mask(cache: LayerCache) -> tuple[Tensor, Tensor]:
     always_BGK = torch.zeros_like(cache.live_BGK)
     keep_BG1 = cache.keep_B[:, None, None]
     if spec.sinks and not cache.eviction.protect:
-        always_BGK |= cache.sinks()
+        always_BGK |= cache.column_BGK < cache.pad_B[:, None, None] + cache.eviction.sinks
     if spec.window:
         always_BGK |= cache.newest(cache.eviction.window)
     if cache.eviction.protect:
@@ -320,7 +314,7 @@ class Cache:
 
     def attention_in_prompt(self, layer: LayerCache, q_BHPD: Tensor) -> Tensor:
         """Attention that each key receives from all queries of its prompt and group of heads: (B, G, K)."""
-        return window_attention(dataclasses.replace(layer, q_BHWD=q_BHPD)).sum(dim=(2, 3))
+        return window_attention(replace(layer, q_BHWD=q_BHPD)).sum(dim=(2, 3))
 
     def branch(self) -> None:
         """From prompts to S samples of each."""
@@ -520,41 +514,42 @@ def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tens
 
 
 # --- 5. importance weights: the corrections that the method makes unnecessary ---
-# From here to `kl_divergence`, functions of plain tensors that can be lifted into another trainer. log_ratio_BR is
-# log ρ, the learner's dense log-prob less the sampler's at rollout time, and zero where mask_BR is False.
+# From here to `kl_divergence`, functions of plain tensors, for any trainer. log_ratio_BR is log ρ, the learner's dense
+# log-prob less the sampler's at rollout time, and zero past the end of a response.
 
 
-def same_shape(**tensors: Tensor) -> None:
-    """ValueError unless these have one shape: broadcasting would turn a mistake into another loss."""
-    if len({x.shape for x in tensors.values()}) > 1:
-        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
-
-
-def token_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
-    """w_t = min(ρ_t, cap): token-level truncated importance sampling (Yao et al. 2025)."""
-    same_shape(log_ratio=log_ratio_BR, mask=mask_BR)
+def token_is(log_ratio_BR: Tensor, cap: float) -> Tensor:
+    """w_t = min(ρ_t, cap): token-level truncated importance sampling (Yao et al. 2025; verl, cap 2)."""
     return log_ratio_BR.exp().clamp(max=cap)
 
 
-def sequence_is(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
+def icepop(log_ratio_BR: Tensor, cap: float, least: float = 0.5) -> Tensor:
+    """w_t = ρ_t where least <= ρ_t <= cap, else 0 (IcePop; verl, rollout_is "token", thresholds 0.5 and 5)."""
+    ratio_BR = log_ratio_BR.exp()
+    return ratio_BR.masked_fill((ratio_BR < least) | (ratio_BR > cap), 0.0)
+
+
+def sequence_is(log_ratio_BR: Tensor, cap: float) -> Tensor:
     """w = min(Π_t ρ_t, cap), the same for all tokens of a sequence; without a cap it is unbiased for π_dense."""
-    same_shape(log_ratio=log_ratio_BR, mask=mask_BR)
     return log_ratio_BR.sum(dim=1, keepdim=True).exp().clamp(max=cap).expand_as(log_ratio_BR)
 
 
-def sparse_rl(log_ratio_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
-    """w_t = min(ρ_t, cap), and 0 in a sequence with any ρ_t < 1e-4 (Sparse-RL, 2601.10079).
+def sequence_mask(log_ratio_BR: Tensor, cap: float) -> Tensor:
+    """w = Π_t ρ_t, and 0 for a sequence in which it exceeds cap (TRL's default, "sequence_mask", cap 3)."""
+    weight_BR = sequence_is(log_ratio_BR, math.inf)
+    return weight_BR.masked_fill(weight_BR > cap, 0.0)
 
-    Sparse-RL also divides by the batch's mean weight: `Method.mean_one`.
-    """
-    return token_is(log_ratio_BR, mask_BR, cap) * (log_ratio_BR >= math.log(1e-4)).all(dim=1, keepdim=True)
+
+def sparse_rl(log_ratio_BR: Tensor, cap: float) -> Tensor:
+    """w_t = min(ρ_t, cap), and 0 in a sequence with any ρ_t < 1e-4 (Sparse-RL, 2601.10079, cap 1.5)."""
+    return token_is(log_ratio_BR, cap) * (log_ratio_BR >= math.log(1e-4)).all(dim=1, keepdim=True)
 
 
 class Method(NamedTuple):
     evicts: bool  # does the sampler evict?
     replays: bool  # does the learner apply the sampler's mask, and take the recorded log-probs as the old ones?
-    weight: Callable[[Tensor, Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
-    cap: float = math.inf  # the weight's truncation
+    weight: Callable[[Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
+    cap: float = math.inf  # the weight's upper limit
     mean_one: bool = False  # divide the weights by their mean over the batch's tokens
 
 
@@ -562,8 +557,10 @@ METHODS = {
     "dense": Method(evicts=False, replays=False),
     "naive": Method(evicts=True, replays=False),  # samples sparse and learns dense, as if they were one policy
     "tis": Method(evicts=True, replays=False, weight=token_is, cap=2.0),
+    "icepop": Method(evicts=True, replays=False, weight=icepop, cap=5.0),
     # practically untruncated; beyond 1e15, float32 cannot hold the square of a gradient
     "seq_is": Method(evicts=True, replays=False, weight=sequence_is, cap=1e15),
+    "seq_mask": Method(evicts=True, replays=False, weight=sequence_mask, cap=3.0),
     "sparse_rl": Method(evicts=True, replays=False, weight=sparse_rl, cap=1.5, mean_one=True),
     "smd": Method(evicts=True, replays=True),
 }
@@ -583,6 +580,12 @@ def group_advantage(reward_NS: Tensor, norm_std: bool = True, eps: float = 1e-6)
     # rewards that differ by a few float32 roundings of the largest are equal: their spread would amplify noise
     equal_N1 = std_N1 <= ROUNDING * r_NS.abs().amax(dim=1, keepdim=True)
     return advantage_NS.masked_fill(equal_N1, 0.0).to(at_least_float32(reward_NS.dtype))
+
+
+def same_shape(**tensors: Tensor) -> None:
+    """ValueError unless these have one shape: broadcasting would turn a mistake into another loss."""
+    if len({x.shape for x in tensors.values()}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(f'{name} {tuple(x.shape)}' for name, x in tensors.items())}")
 
 
 def policy_loss(
@@ -686,7 +689,7 @@ def prepare(model: TinyModel, rollout: Rollout, reward_B: Tensor, config: Config
         old_logp_BR = response_logp(model, rollout, hidden_XC)
     weight_BR = torch.ones_like(rollout.logp_BR)
     if method.weight is not None:
-        weight_BR = method.weight(old_logp_BR - rollout.logp_BR, mask_BR, method.cap)
+        weight_BR = method.weight(old_logp_BR - rollout.logp_BR, method.cap)
     if method.mean_one:
         total, count = weight_BR[mask_BR].sum(), mask_BR.sum().to(weight_BR.dtype)
         runtime.all_sum([total, count])
@@ -727,8 +730,7 @@ def train_step(
 ) -> dict[str, float]:  # fmt: skip
     """Sample, score, learn: one update on these prompts, and figures for the log.
 
-    prompt_NP, pad_N: as in `sample`. reward(rollout): a float tensor (B,), the reward of each response. A run takes
-    several updates per rollout, accumulates gradients and adds processes in `harness.train.update`.
+    reward(rollout): a float tensor (B,). harness/train.py adds epochs, gradient accumulation and several processes.
     """
     eviction = config.eviction if METHODS[config.method].evicts else None
     rollout = runtime.sample(model, prompt_NP, pad_N, config.samples, config.max_new, config.eos, eviction)
@@ -745,4 +747,4 @@ def train_step(
 if __name__ == "__main__":
     from harness.train import main
 
-    sys.exit(main())
+    raise SystemExit(main())

@@ -14,7 +14,6 @@ if not __package__:  # then none of the project's modules is found
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 
 import torch
@@ -32,11 +31,12 @@ def distances() -> dict[str, list[dict]]:
     world = World()
     sparse, dense = (world.objective_gradient(dense) for dense in (False, True))
     log_ratio_BR = world.logp(dense=True).detach() - world.rollout.logp_BR
-    ones_BR = torch.ones_like(log_ratio_BR)
-    weights = {"smd": ones_BR, "naive": ones_BR, "tis, cap 2": smd.token_is(log_ratio_BR, ones_BR, 2.0)}
-    weights |= {f"seq_is, cap {cap:g}": smd.sequence_is(log_ratio_BR, ones_BR, cap) for cap in (math.inf, 2.0)}
-    veto_BR = smd.sparse_rl(log_ratio_BR, ones_BR, 1.5)
-    weights["sparse_rl"] = veto_BR / (world.p @ veto_BR.mean(dim=1))  # over the exact mean, not a batch's
+    weights = {"smd": torch.ones_like(log_ratio_BR), "naive": torch.ones_like(log_ratio_BR)}
+    for name, method in smd.METHODS.items():
+        if method.weight is not None:
+            weights[name] = method.weight(log_ratio_BR, method.cap)
+    weights["seq_is, cap 2"] = smd.sequence_is(log_ratio_BR, 2.0)
+    weights["sparse_rl"] /= world.p @ weights["sparse_rl"].mean(dim=1)  # the exact mean, not that of a batch
     groups = {}
     for name, weight_BR in weights.items():
         # the clipped ratio is 1 before the first update, so its gradient is that of the log-probs

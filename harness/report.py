@@ -18,6 +18,7 @@ from harness.cli import in_short, words
 
 # the same colour for the same method in every picture, readable on white and on black
 COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
+COLOURS |= dict(icepop="#2ca02c", seq_mask="#e377c2")
 SILENCE = 5.0  # seconds after which a heartbeat is shown: they are further apart where a single operation takes long
 
 
