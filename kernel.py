@@ -247,8 +247,9 @@ def visible(FIRST, EVICTED, i, N: tl.constexpr):
     return (tl.load(FIRST + n)[None, :] <= i[:, None]) & (i[:, None] < tl.load(EVICTED + n)[None, :])
 
 
-# The three kernels. Tensors are contiguous, K and V in sorted order. Scores are in units of log 2, because exp2 is the
-# hardware's instruction: SCALE is log2(e)/√D. Offsets between heads are 64-bit scalars, those within a head 32-bit.
+# The three kernels. Tensors are contiguous, K and V in sorted order. exp2 is the hardware's instruction, so SCALE is
+# log2(e)/√D. It multiplies a score next to a subtraction, which makes both one instruction. LSE and DELTA are padded to
+# whole blocks, so that they need no mask. Offsets between heads are 64-bit scalars, those within a head 32-bit.
 # `group` is H/G, the number of query heads per kv head. The grid is heads by blocks, or heads by tiles. K and V are
 # indexed by kv head, the tile lists by row of the mask; ROW maps the first to the second.
 # Each turn of a loop loads the tile index of the next turn: only then does the compiler prefetch that tile.
@@ -278,11 +279,11 @@ def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
             first, life = (bg * J + tile) * N, (own * J + tile) * N
             tile = tl.load(INDEX + step + 1)
             k = tl.load(K + first * D + at_key)  # [N, D]
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
             if masked:
                 score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
-            new = tl.maximum(top, tl.max(score, 1))
-            weight = tl.exp2(score - new[:, None])
+            new = tl.maximum(top, tl.max(score, 1) * SCALE)
+            weight = tl.exp2(score * SCALE - new[:, None])
             shrink = tl.exp2(top - new)
             v = tl.load(V + first * D + at_key)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
@@ -290,7 +291,7 @@ def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
             top = new
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: out = 0
     tl.store(OUT + bh * Tq * D + at, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
-    tl.store(LSE + bh * Tq + row, top + tl.log2(total), mask=row < Tq)
+    tl.store(LSE + bh * I * M + row, top + tl.log2(total))
 
 
 @jit
@@ -307,9 +308,9 @@ def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
     out = tl.load(OUT + bh * Tq * D + at, mask=inside, other=0.0)  # [M, D]
     do = tl.load(DOUT + bh * Tq * D + at, mask=inside, other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(DELTA + bh * Tq + row, delta, mask=row < Tq)
+    tl.store(DELTA + bh * I * M + row, delta)
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)
-    lse = tl.load(LSE + bh * Tq + row, mask=row < Tq, other=0.0)
+    lse = tl.load(LSE + bh * I * M + row)
     dq = tl.zeros([M, D], tl.float32)
     own = tl.load(ROW + bg)
     BOUNDS += (own * I + block) * 3
@@ -321,10 +322,10 @@ def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
             tile = tl.load(INDEX + step + 1)
             k = tl.load(K + first * D + at_key)  # [N, D]
             v = tl.load(V + first * D + at_key)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [M, N]
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
             if masked:
                 score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
-            p = tl.exp2(score - lse[:, None])
+            p = tl.exp2(score * SCALE - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     tl.store(DQ + bh * Tq * D + at, (dq * scale).to(DQ.dtype.element_ty), mask=inside)
@@ -356,18 +357,17 @@ def key_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, LSE, DOUT, 
             for step in range(begin * slices, end * slices):
                 start = block * M + tl.cast(step % slices, tl.int32) * R
                 block = tl.load(INDEX + (step + 1) // slices)
-                past = bh * Tq + start
-                inside = r < Tq - start
-                q = tl.load(Q + past * D + at, mask=inside[:, None], other=0.0)  # [R, D]
-                do = tl.load(DOUT + past * D + at, mask=inside[:, None], other=0.0)
-                lse = tl.load(LSE + past + r, mask=inside, other=0.0)
-                delta = tl.load(DELTA + past + r, mask=inside, other=0.0)
-                score = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [N, R]
+                inside = r[:, None] < Tq - start
+                q = tl.load(Q + (bh * Tq + start) * D + at, mask=inside, other=0.0)  # [R, D]
+                do = tl.load(DOUT + (bh * Tq + start) * D + at, mask=inside, other=0.0)
+                lse = tl.load(LSE + bh * I * M + start + r)
+                delta = tl.load(DELTA + bh * I * M + start + r)
+                score = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, R]
                 if masked:
                     seen = tl.trans(visible(FIRST, EVICTED, q_start + start + r, N))
                     score = tl.where(seen, score, -float("inf"))
-                # rows past the end have p = 1 or 0, but do = δ = 0: they add nothing
-                p = tl.exp2(score - lse[None, :])
+                # rows past the end have p <= 1 and do = δ = 0: they add nothing
+                p = tl.exp2(score * SCALE - lse[None, :])
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -399,7 +399,8 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        padded = triton.cdiv(q.shape[2], tiles.blocks.M) * tiles.blocks.M
+        lse = q.new_empty(*q.shape[:2], padded, dtype=torch.float32)
         ctx.tiles = tiles
         ctx.scales = scale / math.log(2), scale
         launch(forward_kernel, q, k, v, tiles, out, lse, ctx.scales[0])

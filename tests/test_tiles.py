@@ -205,6 +205,18 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(monkeypatch):
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of shared memory that a block may have
 
 
+def spills_in_main_loop(sass: str) -> int:
+    """Instructions that spill registers in the loop over fully visible tiles, the shortest with a matrix product."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    loops = []
+    for end, text in instructions:
+        branch = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < end:
+            body = [text for at, text in instructions if int(branch[1], 16) <= at <= end]
+            loops += [body] if any("MMA" in text or "FFMA" in text for text in body) else []
+    return sum("STL" in text or "LDL" in text for text in min(loops, key=len))
+
+
 def compile_ahead(job) -> dict:
     """Compile one kernel for one architecture, without a GPU and outside the interpreter: what its code shows."""
     import triton
@@ -230,16 +242,15 @@ def compile_ahead(job) -> dict:
         cubin = Path(folder) / "cubin"
         cubin.write_bytes(code["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
+        said = subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     units = re.findall(r"\b(?:wgmma|mma\.sync|tcgen05\.mma|atom|red)\b|tf32", code["ptx"])
     # the first step from where a tensor begins, which leads to a head's part of it
     steps = re.findall(r"tt\.addptr %(\w+), .*, (i\d+) loc", code["ttir"])
     return dict(
         job=job,
         shared=compiled.metadata.shared,
-        registers=int(used[1]),
-        spilled=int(used[2]) + int(used[3]),
+        registers=int(re.search(r"REG:(\d+)", said)[1]),
+        spilled=spills_in_main_loop(said),
         units=sorted(set(units)),
         steps=sorted({step for step in steps if step[0] in signature}),
         # how many copies are still on their way when a turn of a loop begins to compute
