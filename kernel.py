@@ -451,9 +451,13 @@ def demand(condition: bool, message: str) -> None:
 
 
 def backend_for(device: str, backend: str | None) -> str:
-    """The backend asked for, ValueError if it cannot run on the device; by default Triton on CUDA, else PyTorch."""
+    """The backend asked for, ValueError if the device cannot run it. Default: Triton on a recent GPU, else PyTorch.
+
+    A GPU is recent from compute capability 8.0 on. Older ones lack bfloat16 tensor cores and enough shared memory.
+    """
     if backend is None:
-        return "triton" if device == "cuda" and triton is not None else "torch"
+        recent = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "triton" if recent and triton is not None else "torch"
     demand(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton":
         demand(triton is not None, "backend 'triton' needs the package triton, which is for Linux only; take 'torch'")

@@ -19,6 +19,11 @@ def default() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def computes_bfloat16(device: str) -> bool:
+    """Whether the device has tensor cores for bfloat16: CUDA from compute capability 8.0 on."""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def check(device: str, backend: str | None, head_dim: int) -> None:
     """UsageError where this machine lacks the device, or the backend cannot run on it or on heads of this size."""
     missing = device == "cuda" and not torch.cuda.is_available()

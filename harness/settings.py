@@ -94,7 +94,7 @@ def defaults(s: Settings) -> dict:
     where = s.device or device.default()
     found = dict(method="smd", eviction="snapkv", samples=8, seed=0, eval_every=25)
     found |= dict(objective="grpo", lam=0.1, kl_ref=0.0, epochs=1, accumulate=1)
-    found |= dict(device=where, dtype="bfloat16" if where == "cuda" else "float32")
+    found |= dict(device=where, dtype="bfloat16" if device.computes_bfloat16(where) else "float32")
     found |= dict(steps=100, lr=2e-4, window=4) if toy else dict(steps=25, lr=1e-5, window=8)
     found |= dict(eval_prompts=1024 if toy else 96)
     if s.task == "chain":

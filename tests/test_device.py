@@ -10,6 +10,8 @@ import torch
 import kernel
 import smd
 import tiny_model
+from harness import settings
+from harness.settings import Settings
 from kernel import shadow_attention
 from test_smd import attention_case, learner, needs_triton
 from tests.common import ROOT, compare, ragged_rollout, small_model
@@ -27,7 +29,12 @@ def test_the_full_pass_takes_the_backend_that_it_is_given(monkeypatch):
 
 @needs_triton
 def test_no_backend_falls_back_silently(monkeypatch):
-    assert [kernel.backend_for(device, None) for device in ("cpu", "cuda")] == ["torch", "triton"]
+    for recent, on_cuda in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda recent=recent, **_: recent)
+        assert [kernel.backend_for(device, None) for device in ("cpu", "cuda")] == ["torch", on_cuda]
+        dtypes = [settings.defaults(Settings(device=device))["dtype"] for device in ("cpu", "cuda")]
+        assert dtypes == ["float32", "bfloat16" if recent else "float32"]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(kernel.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu; for the interpreter set TRITON_INTERPRET=1"):
         kernel.backend_for("cpu", "triton")
