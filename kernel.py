@@ -58,7 +58,7 @@ except ImportError:  # there is no triton outside Linux; the plain version runs 
 NEVER = 2**31 - 1  # evicted_at of a key that is never evicted; padding has 0
 EPOCH = 512  # positions; evictions in the same epoch count as simultaneous when keys are sorted
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PAIRS = 2**19  # block-tile pairs that are tested per chunk
+PAIRS_PER_CHUNK = {"cpu": 2**19, "cuda": 2**23}  # pairs of a block and a tile that are tested at once
 STAGES = 3  # software pipelining: tiles of K and V in shared memory at a time
 ALL_REGISTERS = 255  # registers per thread; without an explicit limit the compiler may spill to raise the occupancy
 LIMIT = 16  # units of rounding by which the kernels may differ from the definition in float64
@@ -158,7 +158,8 @@ def tile_lists(row_X: Tensor, columns: int, seen: Callable) -> TileLists:
     """CSR lists of the rows numbered row_X; seen(rows) gives their `tile_visibility`."""
     index, count = [], []
     # in chunks, so that memory follows the length of the lists and not the number of all pairs
-    for row_x in row_X.split(max(1, PAIRS // max(1, columns))):
+    pairs = PAIRS_PER_CHUNK.get(row_X.device.type, 2**19)
+    for row_x in row_X.split(max(1, pairs // max(1, columns))):
         seen_x2y = seen(row_x)
         index.append(seen_x2y.flatten(0, 1).nonzero()[:, 1].int())
         count.append(seen_x2y.sum(dim=-1))

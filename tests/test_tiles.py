@@ -51,11 +51,11 @@ def listed_for(lists, rows):
     return [(lists.index[a:b].tolist(), lists.index[b:c].tolist()) for a, b, c in bounds]
 
 
-@pytest.mark.parametrize("pairs", [1, 50, kernel.PAIRS])
+@pytest.mark.parametrize("pairs", [1, 50, 2**19])
 @pytest.mark.parametrize("kind", ["random", "compressed", "rolling", "nothing"])
 def test_the_lists_hold_every_visible_pair_once(kind, pairs, monkeypatch):
     T, q_start, M, N = 100, 15, 16, 32
-    monkeypatch.setattr(kernel, "PAIRS", pairs)  # tested per chunk: a row, some rows, all
+    monkeypatch.setitem(kernel.PAIRS_PER_CHUNK, "cpu", pairs)  # tested per chunk: a row, some rows, all
     evicted_at_UT = shadow_masks(kind, 2, 2, T).flatten(0, 1)
     # the first query of a block is a tile's last key, and all are evicted after the block's last query
     evicted_at_UT[1] = T
