@@ -115,7 +115,7 @@ def block_sizes(dtype: torch.dtype, D: int, shared_memory: int) -> Blocks:
     """The largest blocks that fit the registers and the bytes of shared memory that a block may use."""
     large = shared_memory > 200_000
     if dtype == torch.float32:  # true float32 has no tensor cores and needs more registers
-        return Blocks(32, 32, 32, 4) if D <= 64 else Blocks(16, 32, 16, 8)
+        return Blocks(32, 32, 16, 4) if D <= 64 else Blocks(16, 32, 16, 8)
     if D <= 64:
         # half of the registers each: a multiprocessor runs two blocks, one computes while the other waits for memory
         return Blocks(128, 64, 64, 8, 128) if large else Blocks(128, 64, 32, 8)
