@@ -24,7 +24,9 @@ def check(device: str, backend: str | None, head_dim: int) -> None:
 
 def precision(settings) -> contextlib.AbstractContextManager:
     """A context in which the model computes in the settings' dtype, with weights in float32."""
-    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+    if settings.dtype == "bfloat16":
+        return torch.autocast(settings.device, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def peak_memory(device: str) -> int | None:

@@ -69,10 +69,10 @@ def cache_figures(rollout: smd.Rollout, entry_bytes: int) -> dict[str, float]:
     def pairs(evicted_at_LBGT: Tensor) -> Tensor:
         return (evicted_at_LBGT.minimum(end_B11) - first_T).clamp(min=0).sum()
 
-    visible, causal = pairs(rollout.evicted_at_LBGT), pairs(rollout.never_evicted_LBGT)
     responses = B * (R - 1)
-    full, full_shared = entry_bytes * (B * P + responses), entry_bytes * (N * P + responses)
-    totals = torch.stack((visible, causal, *map(visible.new_tensor, (rollout.stored_bytes, full, full_shared))))
+    memory = rollout.stored_bytes, entry_bytes * (B * P + responses), entry_bytes * (N * P + responses)
+    counts = torch.stack((pairs(rollout.evicted_at_LBGT), pairs(rollout.never_evicted_LBGT)))
+    totals = torch.cat((counts, counts.new_tensor(memory)))
     parallel.all_sum([totals])
     visible, causal, stored, full, full_shared = totals.tolist()
     share = visible / causal if causal else 1.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import smd
-from harness import base, cli, device, report, tasks, train
+from harness import base, cli, report, tasks, train
 from harness.agent import Agent
 from harness.settings import FIXED, Settings, checked, fill_in, parse, parse_budget
 from smd import Eviction
@@ -271,35 +271,22 @@ def test_a_long_rollout_refreshes_the_bar(monkeypatch, tmp_path):
     assert refreshed.count(0) > 1 and refreshed.count(1) == 1
 
 
-def test_no_curve_leaves_the_picture(tmp_path, monkeypatch):
+def test_the_picture_shows_all_values(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
+    figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     for rewards in ([0.1, 0.4, 0.3], [-3.0, 0.5, 7.0], [40.0, 50.0, 60.0]):
-        figures = []
         rows = [dict(step=n + 1, reward=r, kl_sparse_dense=0.1 * n) for n, r in enumerate(rewards)]
         rows[1] |= dict(held_out_sparse=0.3, held_out_dense=0.4)
         summary = dict(before=dict(sparse=0.1, dense=0.2), after=dict(sparse=0.5, dense=0.6), steps=3)
         DRAW_CURVES(rows, summary | dict(replay_error=1e-7), "smd", tmp_path / "curves.png")
-        left, right = figures[0].axes
-        lines = {line.get_label(): line for line in left.lines}
-        for axis in (left, right):
+        curves = [list(zip(*line.get_data(), strict=True)) for axis in figures[-1].axes for line in axis.lines]
+        accuracies = [(0, 0.1), (2, 0.3), (3, 0.5)], [(0, 0.2), (2, 0.4), (3, 0.6)]
+        assert curves == [*accuracies, list(zip((1, 2, 3), rewards, strict=True)), [(1, 0.0), (2, 0.1), (3, 0.2)]]
+        for axis in figures[-1].axes:
             low, high = axis.get_ylim()
             assert low <= 0 and all(low <= y <= high for line in axis.lines for y in line.get_ydata())
-        for cache, ends in (("sparse", [0.1, 0.3, 0.5]), ("dense", [0.2, 0.4, 0.6])):
-            line = lines[f"held-out accuracy, {cache} cache"]
-            assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2, 3], ends)
-        assert list(lines["reward of the rollouts"].get_ydata()) == rewards
-        assert list(right.lines[0].get_ydata()) == [0.1 * n for n in range(3)]
-
-
-def test_the_stopwatch(monkeypatch):
-    seconds = iter([1.0, 3.0, 3.5])
-    monkeypatch.setattr(device.time, "perf_counter", lambda: next(seconds))
-    watch = device.Stopwatch("cpu")
-    watch.lap("sample")
-    watch.lap("learn")
-    assert watch.seconds == dict(seconds_sample=2.0, seconds_learn=0.5)
 
 
 def test_exit_codes_and_messages(capsys):

@@ -81,13 +81,6 @@ def test_evaluations_stand_where_they_were_made(tmp_path, monkeypatch):
         assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.train(tiny(tmp_path, name, seed=seed, steps=2))
-    a, b, c = (outcome(tmp_path / name) for name in "abc")
-    assert a == b and a != c
-
-
 class Killed(BaseException):
     pass
 

@@ -1,8 +1,8 @@
 """Tasks, rewards, text, the evaluation and the warm-up of the base policy."""
 
+import dataclasses
 import hashlib
 import itertools
-import dataclasses
 import json
 import math
 import re
