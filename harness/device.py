@@ -41,22 +41,20 @@ def peak_memory(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def clock(device: str) -> float:
-    """Seconds, after the device has finished its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Stopwatch:
     """Times the parts of a step: each `lap` ends a part, and `seconds` holds all of them."""
 
     def __init__(self, device: str):
         self.device = device
-        self.last = clock(device)
         self.seconds: dict[str, float] = {}
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device == "cuda":  # wait until the device has finished its work
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def lap(self, part: str) -> None:
-        now = clock(self.device)
+        now = self.now()
         self.seconds[f"seconds_{part}"] = now - self.last
         self.last = now

@@ -32,7 +32,9 @@ def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except RuntimeError as e:
-        raise e.__context__ or e from None  # torch.save raises RuntimeError in place of the OSError of a full disk
+        if isinstance(e.__context__, OSError):  # of a full disk, which torch.save replaces by its own error
+            raise e.__context__ from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -252,7 +252,7 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         with report.Progress(desc="outer", total=10, initial=2) as progress:
             progress._time = lambda clock=clock: clock[0]
-            progress.last_print_t = 0.0
+            progress.start_t = progress.last_print_t = 0.0
             clock[0] = soon
             progress.step(reward=0.25)
             assert "3/10" not in stream.getvalue()
