@@ -143,6 +143,6 @@ def conclude(rows: list[dict], summary: dict, method: str, prompt: str) -> None:
     except Exception as e:  # an error in matplotlib must not cost the results of a run
         drawn = f"its picture could not be drawn ({in_short(e)})"
     print(f"{summary['seconds']:.0f} s; the run is in {summary['out']}, {drawn}")
+    script, out, prompt = map(shlex.quote, (os.path.relpath(smd.__file__), summary["out"], prompt))
     # "=" because argparse takes a prompt that begins with a dash for a flag
-    words = ["python", os.path.relpath(smd.__file__), "--resume", f"--out={summary['out']}", f"--prompt={prompt}"]
-    print("try:", shlex.join(words), flush=True)
+    print(f"try: python {script} --resume --out={out} --prompt={prompt}", flush=True)

@@ -38,7 +38,7 @@ def test_the_output_of_a_run(tmp_path, capsys, monkeypatch):
         "resumed at step 1 of 2",
         "held-out accuracy     before    after",
         f"the run is in {out}, its picture is {out}/curves.png",
-        f"try: python {os.path.relpath(smd.__file__)} --resume --out={out} '--prompt=",
+        f"try: python {os.path.relpath(smd.__file__)} --resume --out={out} --prompt='",
     ):
         assert part in printed, part
     train.train(tiny(tmp_path, "other", steps=0))
