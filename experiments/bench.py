@@ -45,7 +45,7 @@ def measure(name: str, contenders: dict[str, Callable[[], dict]]) -> dict[str, l
     """For `table`: what each contender returns, turn by turn. A first turn, which is not counted, tells the peak."""
     groups = {contender: [] for contender in contenders}
     peaks = {}
-    with Progress(name, (REPEATS + 1) * len(contenders)) as progress:
+    with Progress(desc=name, total=(REPEATS + 1) * len(contenders)) as progress:
         for contender, run in contenders.items():
             with PeakBytes() as counted:
                 run()
@@ -135,7 +135,7 @@ def memory(agent: Agent) -> dict[str, list[dict]]:
     kept = quarter(agent)
     cases = dict(full=(shared.RUNTIME, None), shared=(shared.RUNTIME, kept), plain=(smd.Runtime(), kept))
     groups = {}
-    with Progress("memory", len(CACHES)) as progress:
+    with Progress(desc="memory", total=len(CACHES)) as progress:
         for N, P, S, R in CACHES:
             stored, peak = {}, {}
             for name, case in cases.items():

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import smd
 from experiments.common import Result, command, figures, options, run_all, steps_of, table
-from harness import cli
 from harness.agent import CACHES
 from harness.report import colour, held_out
+from harness.settings import count_or_share
 
 RATES_OF_TOY, RATES_OF_MODEL = (1e-4, 2e-4, 4e-4), (5e-6, 1e-5, 2e-5)
 SEARCH_SEED = 100
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options(parser, seeds=5)
     parser.add_argument("--eviction", default="snapkv", choices=list(smd.POLICIES))
-    parser.add_argument("--budget", type=cli.count_or_share, help="keys kept, as for a run (default: a run's)")
+    parser.add_argument("--budget", type=count_or_share, help="keys kept, as for a run (default: a run's)")
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates of the search")
     parser.add_argument("--methods", nargs="+", default=list(smd.METHODS), choices=list(smd.METHODS))
     parser.add_argument("--out", type=Path, default=Path("out/compare"))

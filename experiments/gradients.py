@@ -71,7 +71,7 @@ def noise(world: World, dense: bool, progress: Progress) -> float:
 def noises() -> dict[str, list[dict]]:
     """Least, median and most over five models."""
     groups = {}
-    with Progress("noise", 2 * 5 * sum(4**length for length in LENGTHS)) as progress:
+    with Progress(desc="noise", total=2 * 5 * sum(4**length for length in LENGTHS)) as progress:
         for length in LENGTHS:
             row = {}
             for name, dense in (("smd", False), ("seq_is", True)):

@@ -174,7 +174,7 @@ def times(device: str) -> dict[str, list[dict]]:
         shapes = list(itertools.product((64, 128), LENGTHS, PATTERNS))
         torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
     groups = {}
-    with Progress("times", 2 * len(shapes)) as progress:
+    with Progress(desc="times", total=2 * len(shapes)) as progress:
         for (D, T, pattern), rows in itertools.product(shapes, ("all rows", "response")):
             q_start = 0 if rows == "all rows" else prompt_length(T)
             evicted_at = torch.stack([PATTERNS[pattern](T, seed=g) for g in range(G)])[None].to(device)

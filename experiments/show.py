@@ -20,10 +20,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from experiments.common import agent_of, command
-from harness import files, runs
+from harness import files
 from harness.cli import require
 from harness.objectives import Policy
-from harness.settings import Settings
+from harness.settings import read_config
 from harness.streams import EVALUATION
 from harness.tasks import Example
 from harness.text import check_example
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--prompt")
     parser.add_argument("--layer", type=int, default=-1)
     given = parser.parse_args()
-    agent = agent_of(**runs.read_config(given.out, Settings))
+    agent = agent_of(**read_config(given.out))
     layers = agent.config.layers
     require(-1 <= given.layer < layers, f"--layer must be below {layers}, got {given.layer}")
     files.restore(given.out / "checkpoint.pt", Policy(agent.model, agent.s.objective, agent.s.kl_ref))

@@ -18,9 +18,8 @@ from tqdm import tqdm
 import smd
 from experiments.common import agent_of, command, table
 from experiments.compare import SEARCH_SEED
-from harness import runs
 from harness.cli import require
-from harness.settings import Settings
+from harness.settings import read_config
 
 
 def tolerated(run: Path, config: dict) -> dict[str, float]:
@@ -39,7 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     groups: dict[str, list] = {}
     for run in tqdm([path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]):
-        config = runs.read_config(run, Settings)
+        config = read_config(run)
         if config["seed"] != SEARCH_SEED and config["method"] in given.methods:
             found = tolerated(run, config)
             groups.setdefault(config["method"], []).append(found)

@@ -131,9 +131,10 @@ class Agent:
             return texts
 
         found = {}
-        with Progress("evaluation", len(caches) * len(batches), lines=0) as progress:
+        with Progress(desc="evaluation", total=len(caches) * len(batches)) as progress:
             for cache in caches:
-                texts = parallel.joined(parallel.raise_on_all_ranks(answers, cache))
+                parts = parallel.gather(parallel.raise_on_all_ranks(answers, cache))
+                texts = [text for part in parts for text in part]
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
 

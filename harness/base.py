@@ -108,7 +108,8 @@ class WarmUp:
     def lesson(self, lesson: int | None, steps: int) -> None:
         """Take so many steps on a lesson, or fewer if it is learned before; all of them on the task itself (None)."""
         right = 0.0
-        with Progress("warm-up, the task" if lesson is None else f"warm-up, lesson {lesson}", steps) as progress:
+        name = "warm-up, the task" if lesson is None else f"warm-up, lesson {lesson}"
+        with Progress(desc=name, total=steps) as progress:
             for step in range(steps):
                 loss, now = self.loss(lesson, step)
                 right += 0.1 * (now - right)  # a running mean over examples that are new to the model

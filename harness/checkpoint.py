@@ -14,30 +14,12 @@ import torch
 from torch import nn
 
 from harness.cli import UsageError, in_short, require
-from harness.report import Progress, heartbeat, note
+from harness.parallel import say
+from harness.report import Progress
 
 INSTALL = 'pip install "transformers>=5"'
 CACHE = Path("out/cache")
 READ = ".json", ".jinja", ".safetensors"  # the files of a folder that are read
-
-
-class Bar(Progress):
-    """A bar of the transformers package, shown as ours are."""
-
-    def __init__(self, iterable=None, desc: str = "", total: int | None = None, **_):
-        super().__init__(desc, len(iterable) if total is None else total, lines=0)
-        self.iterable = iterable
-
-    def __iter__(self) -> Iterator:
-        with self:
-            for item in self.iterable:
-                yield item
-                self.update()
-
-    def update(self, n: int = 1) -> None:
-        super().update(n)
-        self.done += n
-        heartbeat()
 
 
 def library(*more: str):
@@ -50,7 +32,7 @@ def library(*more: str):
     old = transformers.__version__.startswith(("2.", "3.", "4."))
     require(not old, f"--model needs a newer transformers than {transformers.__version__}: {INSTALL}")
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.tqdm_lib = SimpleNamespace(tqdm=Bar)
+    transformers.utils.logging.tqdm_lib = SimpleNamespace(tqdm=Progress)
     return transformers
 
 
@@ -95,7 +77,7 @@ def smollm2() -> Path:
     folder = CACHE / f"smollm2-{digest([file])[:16]}"
     if folder.exists():
         return folder
-    note(f"smollm2: converting the file of its package, once, into {folder}")
+    say(f"smollm2: converting the file of its package, once, into {folder}")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
     tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges"))
     # the package itself would take the start token of this file for the end of text, and keep digits together
@@ -106,7 +88,7 @@ def smollm2() -> Path:
     tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
     named = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
     named["chat_template"] = fields["tokenizer.chat_template"]
-    of_gguf.tqdm = Bar
+    of_gguf.tqdm = Progress
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as part:
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(part)
@@ -152,8 +134,7 @@ def check_weights(whole: nn.Module, files: list[Path]) -> None:
 def digest(files: list[Path]) -> str:
     """SHA-256 of what files hold."""
     found = hashlib.sha256()
-    for file in files:
-        heartbeat(f"reading {file}")
+    for file in Progress(files, desc="reading the model's files"):
         with open(file, "rb") as f:
             found.update(hashlib.file_digest(f, "sha256").digest())
     return found.hexdigest()

@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all, and checkpoints whose damage is noticed."""
+"""Files that are written completely or not at all, and checkpoints whose damage is noticed."""
 
 import contextlib
 import os
 import uuid
-import zlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,21 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from harness import report
 from harness.cli import UsageError, in_short, require
-
-INTACT = 0x2144DF1C  # the CRC-32 of anything that ends with its own CRC-32
 
 
 def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
-    """Write a file such that, whenever the process dies, the old one or the new one is there whole.
+    """Write a file atomically: if the process dies, the old file or the new one is there, complete.
 
-    content: a text, or a function that writes into an open file. UsageError where the file cannot be written.
+    content: a text, or a function that writes into an open file.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # another process may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w+b") as f:
+        with open(temporary, "wb") as f:
             if isinstance(content, str):
                 f.write(content.encode())
             else:
@@ -34,49 +31,32 @@ def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides the disk's error behind its own
-        if not isinstance(cause, OSError):
-            raise
-        raise UsageError(f"{path} cannot be written: {cause.strerror}; make room or choose another folder") from e
+    except RuntimeError as e:
+        if isinstance(e.__context__, OSError):  # of a full disk, which torch.save replaces by its own error
+            raise e.__context__ from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def crc32(f: BinaryIO) -> int:
-    """The checksum of a whole file."""
-    f.seek(0)
-    crc = 0
-    while block := f.read(2**20):
-        crc = zlib.crc32(block, crc)
-    return crc
-
-
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint and, at its end, its CRC-32; FloatingPointError where something in it is not finite."""
-    tensors = [value for value in tree_leaves(state) if isinstance(value, Tensor)]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    """Write a checkpoint; FloatingPointError if a tensor in it is not finite."""
+    tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+    if not all(x.isfinite().all() for x in tensors):
         raise FloatingPointError("the weights, or the optimizer's moments, are not finite")
-
-    report.heartbeat(f"writing {path}")
-
-    def content(f: BinaryIO) -> None:
-        torch.save(state, f)
-        f.write(crc32(f).to_bytes(4, "little"))
-
-    write(path, content)
+    write(path, lambda f: torch.save(state, f))
 
 
 def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Load the weights of a checkpoint and, of a run, its optimizer; what else it holds. UsageError if damaged."""
+    """Load a checkpoint's weights and, if given, the optimizer; return its other entries. UsageError if damaged."""
     try:
-        with open(path, "rb") as f:
-            require(crc32(f) == INTACT, "its checksum is wrong")
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip file with checksums, which torch.load ignores
+            require(file.testzip() is None, "a checksum is wrong")
         state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
         module.load_state_dict(state.pop("weights"))
         if optimizer is not None:
             optimizer.load_state_dict(state.pop("optimizer"))
         return state
-    except Exception as e:  # there are many ways to be damaged
+    except Exception as e:  # a damaged file raises many types of errors
         raise UsageError(f"{path} is missing or damaged ({in_short(e)}); delete it to begin anew") from e

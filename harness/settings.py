@@ -1,60 +1,74 @@
-"""All that a run depends on: each setting with its help, and one table of what it is where it is not given."""
+"""All settings of a run: their help, their limits and defaults, and how they are read from a command line."""
 
+import argparse
+import dataclasses
+import itertools
+import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
+
+import torch
 
 import kernel
-from harness import cli, device, parallel, runs, tasks
-from harness.cli import fill_in, opt, require
+import smd
+from harness import parallel, tasks
+from harness.cli import UsageError, flag, in_short, require
+from smd import METHODS, POLICIES
+
+
+def opt(group: str, help: str, limit=None, free: bool = False, default=None):
+    """A field of the settings, with its heading and its text in --help.
+
+    limit: the least value of a number, or the names that a text may take. free: a resumed run may change it.
+    """
+    return dataclasses.field(default=default, metadata=dict(group=group, help=help, limit=limit, free=free))
+
 
 GROUPS = "everyday", "the sampler", "the learner", "the task", "the run"
 everyday, sampling, learning, asking, running = (partial(opt, group) for group in GROUPS)
+OBJECTIVES = "grpo", "dr_grpo", "ppo", "dpo"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is None is not given: it is taken from the run that is resumed or, of a new one, from `defaults`."""
+    """None means "not given": the value comes from the run that is resumed or, in a new run, from `defaults`."""
 
-    method: str | None = everyday("smd replays, naive ignores eviction, dense never evicts, the others reweight")
-    model: str | None = everyday("begin with a pretrained model: smollm2, or a folder in Hugging Face's layout")
-    data: str | None = everyday("JSONL of prompt and answer, or of GSM8K's question and answer")
-    eviction: str | None = everyday("eviction policy: which keys the sampler keeps")
-    budget: int | str | None = everyday("keys kept: a count, or a share of the prompt in percent")
-    steps: int | None = everyday("steps of sampling and learning, in all", 0, free=True)
-    lr: float | None = everyday("learning rate", 0)
+    method: str | None = everyday("correction: smd replays, naive ignores eviction, dense never evicts", METHODS)
+    model: str | None = everyday("start from a pretrained model: smollm2, or a folder in Hugging Face's layout")
+    data: str | None = everyday("JSONL file with prompt and answer, or with GSM8K's question and answer")
+    eviction: str | None = everyday("eviction policy: which keys the sampler keeps", POLICIES)
+    budget: int | str | None = everyday("keys to keep: a count, or a share of the prompt in percent")
+    steps: int | None = everyday("total number of steps; each samples and learns", 0, free=True)
+    lr: float | int | None = everyday("learning rate", 0)
     seed: int | None = everyday("seed of the training prompts and of the sampler; the base policy has its own", 0)
     out: str | None = everyday("folder of the run (default: a new one under out/)", free=True)
-    resume: bool = everyday("continue the run in --out; what is not given is taken from it", free=True, default=False)
+    resume: bool = everyday("continue the run in --out, with its settings", free=True, default=False)
     prompt: str | None = everyday("with --resume or --model: answer this prompt with both caches, and stop", free=True)
-    protect: str | None = sampling("'prompt': its keys are never evicted, and the budget counts the response's")
-    window: int | None = sampling(
-        "last queries, which snapkv and rkv read; these two and random always keep their keys", 1
-    )
+    protect: str | None = sampling("never evict keys of the prompt; --budget counts the response's", ("prompt",))
+    window: int | None = sampling("observation window of snapkv and rkv; these two and random never evict it", 1)
     prompts: int | None = sampling("prompts per step", 1)
     samples: int | None = sampling("samples per prompt: the group of GRPO", 1)
     max_new: int | None = sampling("longest response, in tokens", 1)
-    objective: str | None = learning("what is maximised; dr_grpo is grpo without the group's std")
-    lam: float | None = learning("smd: weight λ of track 2, the KL that lets the dense policy follow the sparse one", 0)
-    kl_ref: float | None = learning("weight of the KL penalty to the base policy, by the estimator k3", 0)
-    epochs: int | None = learning("updates on a batch of rollouts", 1)
-    accumulate: int | None = learning("parts of an update, one after the other: the same gradient in less memory", 1)
-    reward: str | None = asking("--data: right is the same text, or the same last number")
+    objective: str | None = learning("dr_grpo is grpo without division by the group's std", OBJECTIVES)
+    lam: float | int | None = learning("smd: weight λ of track 2, the KL that pulls the dense policy to the sparse", 0)
+    kl_ref: float | int | None = learning("weight of the KL penalty to the base policy (estimator k3)", 0)
+    epochs: int | None = learning("updates per batch of rollouts", 1)
+    accumulate: int | None = learning("gradient accumulation: parts of a batch, for less memory", 1)
+    reward: str | None = asking("--data: compare the whole text, or the last number", tasks.REWARDS)
     asked: int | None = asking("letters of an answer or, with --model, codes", 1)
-    template: str | None = asking(
-        "--model: form of a prompt: plain, or a text with {prompt} (default: its chat template, else plain)"
-    )
+    template: str | None = asking("--model: plain, or a text with {prompt} (default: its chat template, else plain)")
     warmup_steps: int | None = asking("supervised steps of the base policy", 0)
-    eval_every: int | None = running("steps between two evaluations on held-out prompts; 0: only before and after", 0)
-    eval_prompts: int | None = running("held-out prompts of an evaluation, at most", 1)
-    device: str | None = running("where to compute", free=True)
-    backend: str | None = running("attention (default: triton on cuda, else torch)", free=True)
-    dtype: str | None = running("what sampler and learner compute in; the weights are float32")
+    eval_every: int | None = running("steps between evaluations on held-out prompts; 0: only before and after", 0)
+    eval_prompts: int | None = running("most held-out prompts per evaluation", 1)
+    device: str | None = running("device to compute on", ("cpu", "cuda"), free=True)
+    backend: str | None = running("attention (default: triton on cuda, else torch)", kernel.BACKENDS, free=True)
+    dtype: str | None = running("type of activations; weights are float32", ("float32", "bfloat16"))
 
-    # what no run sets, though it is named beside the others
+    # constants that tests make smaller
     interval: ClassVar[int] = 4  # response tokens between two compressions of the cache
     width: ClassVar[int] = 128  # of the tiny model
 
@@ -64,89 +78,149 @@ class Settings:
 
     @property
     def sinks(self) -> int:
-        """First keys, which streaming, snapkv and random always keep."""
+        """Attention sinks: the first keys, which streaming, snapkv and random never evict."""
         return 1 if self.model is None else 4
 
     @property
     def pool(self) -> int:
-        """Neighbours that a score of snapkv is averaged over: on a prompt of 34 tokens that wipes out the choice."""
+        """Neighbouring keys over which snapkv averages scores; on a prompt of 34 tokens, all averages are alike."""
         return 1 if self.task == "chain" else 5
 
 
-def parse_budget(budget: int | str) -> int | Fraction:
-    """A count of keys (22), or a share of each prompt ("65%"), exact as it is written; UsageError for all else."""
-    text = str(budget)
-    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)%", text)
-    share = Fraction(percent[1]) / 100 if percent else 0
-    if 0 < share <= 1:
-        return share
-    # a share was once written as a number from 0 to 1
-    old = re.fullmatch(r"(0?\.[0-9]+|1\.0*)", text)
-    hint = f"; as a share that is {100 * float(text):g}%" if old else ""
-    form = "budget must be a count of keys, such as 22, or a share of the prompt, such as 65% (at most 100%)"
-    require(re.fullmatch("[0-9]{1,9}", text) is not None, f"{form}, got {text}{hint}")
-    return int(text)
+FIXED = [f.name for f in dataclasses.fields(Settings) if not f.metadata["free"]]  # a resumed run cannot change these
 
 
 def defaults(s: Settings) -> dict:
-    """What a setting is where it is not given; of those that are not in here, None."""
+    """Values of the settings that are not given; a setting that is missing here stays None."""
     toy = s.model is None
-    where = s.device or device.default()
-    found = dict(method="smd", eviction="snapkv", samples=8, seed=0, eval_every=25)
+    where = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = dict(method="smd", eviction="snapkv", samples=8, seed=0, eval_every=25, prompts=8)
     found |= dict(objective="grpo", lam=0.1, kl_ref=0.0, epochs=1, accumulate=1)
-    found |= dict(device=where, dtype="bfloat16" if device.computes_bfloat16(where) else "float32")
-    found |= dict(steps=100, lr=2e-4, window=4) if toy else dict(steps=25, lr=1e-5, window=8)
-    found |= dict(eval_prompts=1024 if toy else 96)
-    if s.task == "chain":
-        asked = s.asked or 6
-        of_task = dict(asked=asked, max_new=asked + 1, budget=22, prompts=32, warmup_steps=400)
-    elif s.task == "facts":
-        asked = s.asked or 1
-        # of several codes at once SmolLM2 gets none right: it is shown how, until it has something to learn from
-        of_task = dict(budget="25%", prompts=8, warmup_steps=0 if asked == 1 else 26)
-        # a blank, two digits and the end; for each further code its digits, a blank and what separates them
-        of_task |= dict(asked=asked, max_new=5 * asked - 1)
+    # GPUs before compute capability 8.0 have no tensor cores for bfloat16
+    has_bfloat16 = where == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    found |= dict(device=where, dtype="bfloat16" if has_bfloat16 else "float32")
+    found |= dict(budget="50%", warmup_steps=100) if toy else dict(budget="25%", warmup_steps=0)
+    if toy:
+        found |= dict(steps=100, lr=2e-4, window=4, eval_prompts=1024)
     else:
-        of_task = dict(budget="50%", warmup_steps=100) if toy else dict(budget="25%", warmup_steps=0)
-        of_task |= dict(reward="exact", max_new=128, prompts=8)
-    return found | of_task
+        found |= dict(steps=25, lr=1e-5, window=8, eval_prompts=96)
+    if s.task == "text":
+        found |= dict(reward="exact", max_new=128)
+    elif s.task == "chain":
+        asked = s.asked or 6
+        found |= dict(asked=asked, max_new=asked + 1, budget=22, prompts=32, warmup_steps=400)
+    else:
+        asked = s.asked or 1
+        # SmolLM2 gets no answer with several codes right: the warm-up teaches it enough to earn a first reward
+        found |= dict(asked=asked, warmup_steps=0 if asked == 1 else 26)
+        # a blank, two digits and the end; for each further code its digits, a blank and a separator
+        found |= dict(max_new=5 * asked - 1)
+    return found
+
+
+def count_or_share(text: str) -> int | str:
+    """A budget on a command line: a count ("18") becomes an int, a share ("50%") stays text."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def parse_budget(budget: int | str) -> int | Fraction:
+    """A count of keys (22), or a share of each prompt ("65%") as an exact fraction; UsageError otherwise."""
+    text = str(budget)
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    percent = re.fullmatch(r"([0-9]{1,3}(\.[0-9]+)?)%", text)
+    share = Fraction(percent[1]) / 100 if percent else 0
+    require(0 < share <= 1, f"--budget must be a count of keys, such as 22, or a share, such as 65%, got {text}")
+    return share
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+    def print_help(self, file=None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse ignores errors in writing
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """The settings on a command line."""
+    about = smd.__doc__.splitlines()[0]
+    parser = Parser("smd.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for title, fields in itertools.groupby(dataclasses.fields(Settings), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in fields:
+            limit = f.metadata["limit"]
+            names = "" if limit is None or isinstance(limit, int) else f" {{{', '.join(limit)}}}"
+            options = dict(help=f"{f.metadata['help']}{names}{default_in_words(f.name)}".replace("%", "%%"))
+            if f.type is bool:
+                options["action"] = "store_true"
+            else:
+                options["type"] = count_or_share if f.name == "budget" else get_args(f.type)[0]
+            group.add_argument(flag(f.name), **options)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def default_in_words(name: str) -> str:
-    """What --help says of a setting's default: that of the first command and, where it is another, those beside it."""
-    situations = {"": {}, "with --data ": dict(data=""), "with --model ": dict(model="")}
-    values = {when: defaults(Settings(**given)).get(name) for when, given in situations.items()}
-    first = values[""]
-    said = [f"{when}{value}" for when, value in values.items() if value is not None and (not when or value != first)]
-    return f" (default: {'; '.join(said)})" if said else ""
+    """The default of a setting for --help, and the defaults with --data and with --model where they differ."""
+    cases = {"": Settings(), "with --data ": Settings(data=""), "with --model ": Settings(model="")}
+    values = {case: defaults(s).get(name) for case, s in cases.items()}
+    differ = {case: value for case, value in values.items() if case == "" or value != values[""]}
+    texts = [f"{case}{value}" for case, value in differ.items() if value is not None]
+    return f" (default: {'; '.join(texts)})" if texts else ""
 
 
-# what a setting made of words may be
-VALUES = dict(objective=("grpo", "dr_grpo", "ppo", "dpo"), reward=tasks.REWARDS, protect=("prompt",))
-VALUES |= dict(device=("cpu", "cuda"), backend=kernel.BACKENDS, dtype=("float32", "bfloat16"))
+def check_values(s: Settings) -> None:
+    """UsageError where a value has the wrong type, or is not within its limit."""
+    for f in dataclasses.fields(s):
+        value, name, limit = getattr(s, f.name), flag(f.name), f.metadata["limit"]
+        if value is None:
+            continue
+        require(isinstance(value, f.type), f"{name} must be {f.type}, got {value!r}")
+        if isinstance(value, str):  # no file name may hold NUL
+            require("\0" not in value, f"{name} must be text without NUL characters, got {value!r}")
+        if isinstance(limit, int):
+            require(limit <= value < 2**63, f"{name} must be at least {limit} and below 2**63, got {value}")
+        elif limit is not None:
+            require(value in limit, f"{name} must be one of {', '.join(limit)}, got {value!r}")
 
 
-def completed(s: Settings, choices: dict) -> Settings:
-    """Fill in what is not given; UsageError for what is no value, does not fit together or has no effect."""
-    if s.budget is not None:
-        parse_budget(s.budget)
-    cli.check_values(s, choices)
-    require(not s.resume or s.out is not None, "--resume needs --out, the folder of the run to continue")
-    answers = s.resume or s.model is not None
-    require(s.prompt is None or answers, "--prompt needs --resume and --out, the run that is to answer, or a --model")
+def fill_in(s: Settings, values: dict) -> Settings:
+    """Set the settings that are not given (None)."""
+    missing = {name: value for name, value in values.items() if getattr(s, name) is None}
+    return dataclasses.replace(s, **missing)
+
+
+def read_config(out: Path, *more: str) -> dict:
+    """config.json of a run: the settings that cannot change, its steps, and more entries by name."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        return {name: config[name] for name in [*FIXED, "steps", *more]}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{out / 'config.json'} is damaged ({in_short(e)}); take another --out") from e
+
+
+def checked(s: Settings) -> Settings:
+    """The settings with all defaults filled in; UsageError for values that are wrong or do not fit together."""
+    require(s.out is not None or not s.resume, "--resume needs --out, the folder of the run to continue")
+    can_answer = s.resume or s.model is not None
+    require(s.prompt is None or can_answer, "--prompt needs a policy: give --resume and --out, or --model")
     if s.resume:
-        s = fill_in(s, **runs.read_config(Path(s.out), Settings))
-        cli.check_values(s, choices)
-    require(s.reward is None or s.data is not None, "--reward needs --data; the other tasks have their own")
-    require(s.asked is None or s.data is None, "--asked is for the tasks without --data")
-    require(s.template is None or s.model is not None, "--template needs --model, whose form of a chat it is")
-    s = fill_in(s, **defaults(s))
-    grouped = s.samples > 1 or s.objective == "ppo"
-    require(grouped, f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1")
-    parallel.check(s)
-    most = s.prompts // parallel.COUNT
-    parts = f"--accumulate takes at most the {most} prompts that a process has of an update"
-    require(s.accumulate <= most, f"{parts}, got {s.accumulate}")
+        s = fill_in(s, read_config(Path(s.out)))
+    s = fill_in(s, defaults(s))
+    check_values(s)
+    parse_budget(s.budget)
+    require(s.reward is None or s.data is not None, "--reward needs --data; the other tasks have their own reward")
+    require(s.asked is None or s.data is None, "--asked has no effect with --data; leave it out")
+    require(s.template is None or s.model is not None, "--template needs --model")
+    weighted = METHODS[s.method].weight is not None
+    advice = f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}"
+    require(s.objective != "dpo" or not weighted, advice)
+    advice = f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1"
+    require(s.objective == "ppo" or s.samples > 1, advice)
+    require(s.prompt is None or parallel.COUNT == 1, "--prompt is answered by one process; start it without torchrun")
+    share, rest = divmod(s.prompts, parallel.COUNT)
+    require(rest == 0, f"--prompts must be a multiple of the {parallel.COUNT} processes, got {s.prompts}")
+    require(s.accumulate <= share, f"--accumulate must be at most the {share} prompts per process, got {s.accumulate}")
     inside = None not in (s.model, s.out) and Path(s.model).resolve().is_relative_to(Path(s.out).resolve())
     require(not inside, f"--model {s.model} lies in --out {s.out}; take another --out")
     return s

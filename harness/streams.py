@@ -1,7 +1,7 @@
-"""Random streams named by what they are for: (seed, purpose, step) decides every draw, and nothing else does.
+"""Random streams: a key such as (seed, purpose, step) decides every draw.
 
-So a run that is resumed needs no generator's state, and two methods with the same seed see the same prompts. What the
-sampler draws for a prompt depends on that prompt's key alone: not on its batch, its process or its device.
+A run that is resumed therefore needs no generator's state, and two methods with the same seed see the same prompts. The
+sampler's draws for a prompt depend on the key of that prompt only, not on its batch, process or device.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def torch_stream(device: str, *key: int) -> torch.Generator:
 def hashed(*key: int | Tensor) -> Tensor:
     """A hash of each key by SplitMix64 (Steele, Lea and Flood 2014), in integers, which are equal on every device.
 
-    key: numbers and int64 tensors that are broadcast together, the last of them a tensor.
+    key: numbers and int64 tensors that are broadcast together; the last one is a tensor.
     """
     x = torch.zeros((), dtype=torch.int64, device=key[-1].device)
     for part in key:
@@ -40,15 +40,15 @@ def unsigned_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def uniform(*key: int | Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64, one for each key as in `hashed`.
+    """Uniform float64 numbers in [0, 1), one for each key of `hashed`.
 
-    They have 52 bits, so that their product with any number is below that number after rounding, too.
+    They have 52 bits, so that their product with any positive number is below that number, even after rounding.
     """
     return unsigned_shift(hashed(*key), 12).double() * 2**-52
 
 
 def keyed(key_N: Tensor, samples: int) -> Callable[..., Tensor]:
-    """`uniform` as `smd.sample` takes it, for prompts with these keys: no draw depends on the batch or the process."""
+    """`uniform` with the signature that `smd.sample` needs, for prompts with these keys."""
     key_B = hashed(key_N[:, None], torch.arange(samples, device=key_N.device)).flatten()
     key_X = torch.cat((key_B, key_N))  # `smd.sample` numbers the prompts after the sequences
     return lambda *index: uniform(*index[:-1], key_X[index[-1]])

@@ -17,21 +17,11 @@ from torch import Tensor
 import smd
 from harness import base, cli, device, files, parallel, report, runs, streams, tasks
 from harness.agent import Agent
-from harness.cli import require
 from harness.objectives import Policy
-from harness.settings import VALUES, Settings, completed, default_in_words
+from harness.settings import Settings, checked, parse
 
 LR_WARMUP = 20  # steps over which the learning rate rises: at first AdamW's moments are empty
 DIAGNOSE_EVERY = 10  # steps: a diagnosis costs one more forward pass of the learner
-CHOICES = VALUES | dict(method=smd.METHODS, eviction=smd.POLICIES)
-
-
-def checked(s: Settings) -> Settings:
-    """Settings with the defaults of task, model and machine filled in; UsageError for what no run could use."""
-    s = completed(s, CHOICES)
-    weighted_dpo = s.objective == "dpo" and smd.METHODS[s.method].weight is not None
-    require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
-    return s
 
 
 def config_for(agent: Agent, policy: Policy) -> smd.Config:
@@ -58,7 +48,7 @@ def diagnose(model, rollout: smd.Rollout, runtime: smd.Runtime) -> dict[str, flo
     log_ratio_X = dense_X.double() - drawn_X
     log_ratio_B = smd.unpack(log_ratio_X, rollout.mask_BR).sum(dim=1)
     found = [shadow_X - drawn_X, log_ratio_X, log_ratio_B, kl_X, overlap_X]
-    parts = parallel.of_each([x.cpu() for x in found])
+    parts = parallel.gather([x.cpu() for x in found])
     error_X, log_ratio_X, log_ratio_B, kl_X, overlap_X = (torch.cat(part) for part in zip(*parts, strict=True))
     row = dict(replay_error=error_X.abs().max().item(), dense_error=log_ratio_X.abs().max().item())
     row |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
@@ -153,11 +143,11 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     agent.check_finite()
     watch.lap("learn")
     found = sum(rewards) / len(rewards), tasks.accuracy(agent.task, texts, examples[mine]), learned.get("replay_error")
-    counts = report.counts(rollout, agent.entry_bytes)
-    rewards, accuracies, errors, counts = zip(*parallel.of_each((*found, counts)), strict=True)
+    rewards, accuracies, errors = zip(*parallel.gather(found), strict=True)
     mean = dict(reward=sum(rewards) / len(rewards), accuracy=sum(accuracies) / len(accuracies))
     error = dict(replay_error=None if errors[0] is None else max(errors))
-    return dict(step=step) | mean | learned | error | diagnosis | report.of_counts(counts) | watch.seconds
+    cache = report.cache_figures(rollout, agent.entry_bytes)
+    return dict(step=step) | mean | learned | error | diagnosis | cache | watch.seconds
 
 
 def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None, plain: bool = False) -> dict:
@@ -181,23 +171,21 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
             if policy.reference is not None:
                 policy.reference.load_state_dict(agent.model.state_dict())
             run.start(agent.evaluate(), policy, optimizer)
-        with report.Progress("training", s.steps, len(run.rows)) as progress:
+        with report.Progress(desc="training", total=s.steps, initial=len(run.rows)) as progress:
             for step in range(len(run.rows) + 1, s.steps + 1):
-                with run.naming(step):
-                    row = train_step(agent, policy, optimizer, reward, step)
-                    if s.eval_every and step % s.eval_every == 0:
-                        row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
-                    run.log(row, policy, optimizer)
+                row = train_step(agent, policy, optimizer, reward, step)
+                if s.eval_every and step % s.eval_every == 0:
+                    row |= {f"held_out_{cache}": share for cache, share in agent.evaluate().items()}
+                run.log(row, policy, optimizer)
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
         parallel.on_rank0(agent.leave, run.out)
-        return run.finish(after, agent.task.held_out(1)[0].prompt)
+        return parallel.on_rank0(run.finish, after, agent.task.held_out(1)[0].prompt)
 
 
 def main(argv: list[str] | None = None) -> int:
     def run() -> None:
-        about = smd.__doc__.splitlines()[0]
-        settings = Settings(**cli.parse(Settings, CHOICES, about, argv, default_in_words))
+        settings = parse(argv)
         if settings.prompt is None:
             train(settings)
             return

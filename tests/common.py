@@ -1,4 +1,4 @@
-"""What several files of tests need: small models and rollouts, tiny runs, and a tiny pretrained model."""
+"""Helpers of several test files: small models and rollouts, tiny runs, and a tiny pretrained model."""
 
 import dataclasses
 import itertools
@@ -9,12 +9,29 @@ import pytest
 import torch
 
 import smd
-from harness import cli, shared, streams, text
+from harness import cli, runs, shared, streams, tasks, text, train
 from harness.settings import Settings
 from test_smd import EOS, compare, small_model  # noqa: F401 (also for the files of tests)
 
 ROOT = Path(__file__).parents[1]
 POLICIES = list(smd.POLICIES)
+# a child process that calls `smd.py` with tiny runs
+SMALL_SMD = """
+import sys
+from harness import train
+from tests.common import make_small
+make_small(setattr)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def make_small(setattr) -> None:
+    """Make runs tiny, with a second checkpoint and a second diagnosis after few steps."""
+    setattr(runs, "SAVE_EVERY", 2)
+    setattr(train, "DIAGNOSE_EVERY", 3)
+    setattr(Settings, "width", 16)
+    setattr(Settings, "interval", 2)
+    setattr(tasks.Facts, "FACTS", 3)
 
 
 def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
@@ -26,14 +43,14 @@ def ragged_prompts(lengths=(17, 9, 30, 12), seed=0):
 def ragged_rollout(
     model, policy="snapkv", samples=3, max_new=14, budget=8, lengths=(17, 9, 30, 12), seed=0, sample=shared.sample
 ) -> smd.Rollout:
-    """Drawn with the cache of runs; `sample`: with another."""
+    """A rollout with responses of different lengths. sample: with which cache."""
     eviction = None if budget is None else smd.Eviction(policy, budget, interval=3, window=3, sinks=1)
     uniform = streams.keyed(streams.hashed(seed, torch.arange(len(lengths))), samples)
     return sample(model, *ragged_prompts(lengths), samples, max_new, EOS, eviction, uniform)
 
 
 def peak_of_trace(work) -> int:
-    """Most bytes that were allocated at once while `work` ran, by the allocator's own account."""
+    """Most bytes allocated at once while `work` ran, as the allocator counts them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -46,7 +63,7 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}"
 
 
 def tokenizer_of(**named):
-    """Every byte a token, some merges, and two special tokens; a fast tokenizer of the transformers package."""
+    """A fast tokenizer of the transformers package: all bytes, some merges and two special tokens."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, decoders, models
     from tokenizers import pre_tokenizers as p
@@ -93,7 +110,7 @@ def tiny(tmp_path, name="run", **changes) -> Settings:
 
 
 def outcome(out) -> tuple:
-    """All that a run computed: metrics without their times, and the weights and the optimizer's state, to the bit."""
+    """The results of a run, to the bit: metrics without times, weights, and the optimizer's state."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
     moments = [t for per_weight in state["optimizer"]["state"].values() for t in per_weight.values()]

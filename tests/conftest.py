@@ -1,9 +1,9 @@
-"""What every test begins with: its environment, a folder of its own, and runs that save often."""
+"""The environment of all tests: a folder of its own for each test, and tiny runs that save often."""
 
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin while they wait slow each other on a busy machine
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads only wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core, so more threads only wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -12,26 +12,23 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
-from harness import report, runs, tasks, train
-from harness.settings import Settings
+from harness import base, report
 from test_smd import World
+from tests.common import make_small
 
 
 @pytest.fixture(autouse=True)
-def small_and_apart(monkeypatch, tmp_path):
-    """Runs are tiny, share no base policy with others, and soon reach the second checkpoint and diagnosis."""
-    torch.manual_seed(0)  # for what a test draws from torch's generator
+def small_and_apart(monkeypatch, tmp_path, tmp_path_factory):
+    """Runs are tiny, and start from base policies that the first test makes for all."""
+    torch.manual_seed(0)  # for tests that draw from torch's generator
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "SAVE_EVERY", 2)
-    monkeypatch.setattr(train, "DIAGNOSE_EVERY", 3)
-    monkeypatch.setattr(Settings, "width", 16)
-    monkeypatch.setattr(Settings, "interval", 2)
-    monkeypatch.setattr(tasks.Facts, "FACTS", 3)
+    monkeypatch.setattr(base, "CACHE", tmp_path_factory.getbasetemp() / "base")
+    make_small(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch, request):
-    """Drawing takes longer than a tiny run; one test asks for the picture."""
+    """Drawing takes longer than a tiny run; one test needs the picture."""
     if request.node.name != "test_a_run_leaves_its_files":
         monkeypatch.setattr(report, "draw_curves", lambda *_: None)
 

@@ -1,4 +1,4 @@
-"""Devices, backends and types: what a GPU would refuse or compute otherwise is found out on a CPU."""
+"""Devices, backends and number types: differences between a GPU and a CPU, tested on a CPU."""
 
 import dataclasses
 import runpy
@@ -19,7 +19,7 @@ from tiny_model import never_evicted
 
 
 @torch.no_grad()
-def test_the_full_pass_takes_the_backend_that_it_is_given(monkeypatch):
+def test_the_forward_pass_uses_the_given_backend(monkeypatch):
     taken, model, pad = [], small_model(), torch.zeros(1).long()
     monkeypatch.setattr(tiny_model, "shadow_attention", lambda q, *_, backend: taken.append(backend) or q)
     for backend in (None, "torch", "triton"):
@@ -44,7 +44,7 @@ def test_no_backend_falls_back_silently(monkeypatch):
         kernel.backend_for("cuda", "triton")
 
 
-def test_without_triton_the_definition_still_runs(monkeypatch):
+def test_the_plain_attention_runs_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     alone = runpy.run_path(str(ROOT / "kernel.py"))
     qkv, *rest = attention_case()
@@ -64,7 +64,7 @@ def test_the_check_of_the_kernels_passes_and_can_fail(monkeypatch, capsys):
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
-def test_a_check_for_eos_in_every_fifth_token_changes_nothing(monkeypatch):
+def test_checking_for_eos_every_five_tokens_changes_nothing(monkeypatch):
     model, lengths = small_model(), []
     for seed in range(4):
         rollouts = []
@@ -83,13 +83,13 @@ def test_a_check_for_eos_in_every_fifth_token_changes_nothing(monkeypatch):
 
 
 def accumulate_in(monkeypatch, dtype: torch.dtype) -> None:
-    """As on a device whose fast type is this one."""
+    """Accumulate sums in this type, as some device does."""
     for module in (kernel, smd):
         monkeypatch.setattr(module, "accumulation_dtype", lambda x, _: torch.promote_types(x, dtype))
 
 
 def test_sums_are_in_float32_under_autocast_too(monkeypatch):
-    """Would catch products that autocast rounds to bfloat16, as it does to those of float32."""
+    """Would catch float32 products that autocast rounds to bfloat16."""
     accumulate_in(monkeypatch, torch.float32)
     q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     nothing_hidden = torch.zeros(2, 4, 9, 9, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_sums_are_in_float32_under_autocast_too(monkeypatch):
 
 @torch.no_grad()
 def test_sums_in_float64_reproduce_a_float32_model_to_rounding(monkeypatch):
-    """On CUDA sums are in float32: the replay error is larger, and still that of rounding."""
+    """On CUDA, sums are in float32: the replay error is larger, but still a rounding error."""
     assert kernel.accumulation_dtype(torch.float32, torch.device("cpu")) == torch.float64
     assert kernel.accumulation_dtype(torch.bfloat16, torch.device("cuda")) == torch.float32
     assert kernel.accumulation_dtype(torch.float64, torch.device("cuda")) == torch.float64
@@ -118,8 +118,8 @@ def test_sums_in_float64_reproduce_a_float32_model_to_rounding(monkeypatch):
 
 @pytest.mark.parametrize("method", ["tis", "seq_is", "sparse_rl"])
 @pytest.mark.parametrize("shift", [-30.0, 30.0])
-def test_weights_that_float32_cannot_hold_leave_a_finite_gradient(method, shift):
-    """The weight of a sequence is e^(30 · length), or its inverse."""
+def test_importance_weights_beyond_float32_give_a_finite_gradient(method, shift):
+    """A sequence has the weight e^(30 · length), or its inverse."""
     model = small_model(torch.float32)
     rollout = ragged_rollout(model)
     shifted = dataclasses.replace(rollout, logp_BR=rollout.logp_BR + shift * rollout.mask_BR)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import smd
-from harness import base, objectives, shared, streams, text, train
+from harness import base, objectives, settings, shared, streams, text, train
 from harness.agent import Agent
 from harness.objectives import Policy
 from harness.settings import Settings
@@ -25,7 +25,7 @@ from tests.common import EOS, POLICIES, compare, peak_of_trace, ragged_prompts, 
 from tiny_model import TinyModel
 
 RUNTIME = shared.RUNTIME
-OBJECTIVES = train.CHOICES["objective"]
+OBJECTIVES = settings.OBJECTIVES
 PAIRS = [
     pair for pair in itertools.product(smd.METHODS, OBJECTIVES) if pair[1] != "dpo" or not smd.METHODS[pair[0]].weight
 ]

@@ -10,14 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import smd
-from harness import checkpoint, cli, device, pretrained, report, runs, tasks, text, train
+from harness import checkpoint, cli, device, pretrained, runs, tasks, text, train
 from harness.agent import Agent
 from harness.settings import Settings
 from harness.streams import numpy_stream
@@ -242,7 +241,6 @@ DAMAGES = {
 def refused(model: str, capsys, *more: str) -> str:
     """What is said of a model that is refused: one line, with exit code 2."""
     capsys.readouterr()
-    report.Progress.last_shown = time.monotonic()  # no heartbeat
     assert train.main(["--model", model, "--device", "cpu", *more]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--model" in error, error

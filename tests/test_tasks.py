@@ -1,5 +1,6 @@
 """Tasks, rewards, text, the evaluation and the warm-up of the base policy."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -452,7 +453,7 @@ def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Settings, "width", 32)
         names.append(path())
-    assert len(set(names)) == 6 and {name.parent for name in names} == {Path("out/cache")}
+    assert len(set(names)) == 6 and {name.parent for name in names} == {base.CACHE}
     assert path(seed=1, lr=1.0, method="naive", prompts=2, budget=16, steps=3) == names[0]
 
 
@@ -536,12 +537,9 @@ def test_the_figures_of_a_rollout_by_hand():
     drawn = torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.tensor([3, 1])
     rollout = smd.Rollout(torch.zeros(1, 3).long(), torch.tensor([1]), *drawn, evicted_at[None, :, None], 8)
     bytes_of_one = dict(stored_kv_bytes=8, full_kv_bytes=10 * 2 * 5, full_kv_bytes_shared=10 * (3 + 2 * 2))
-    counts = report.counts(rollout, entry_bytes=10)
-    assert counts == dict(visible=4, causal=7) | bytes_of_one
-    nothing = dict(visible=0, causal=0) | bytes_of_one
-    of_two = {name: 2 * value for name, value in bytes_of_one.items()}
-    assert report.of_counts([counts, nothing]) == dict(visible_share=4 / 7) | of_two
-    assert report.of_counts([nothing])["visible_share"] == 1.0, "of nothing, everything was seen"
+    assert report.cache_figures(rollout, entry_bytes=10) == dict(visible_share=4 / 7) | bytes_of_one
+    alone = dataclasses.replace(rollout, length_B=torch.tensor([1, 1]))
+    assert report.cache_figures(alone, entry_bytes=10)["visible_share"] == 1.0, "of nothing, everything was seen"
 
 
 def numbered(count: int, words: str = "what comes after {} is ") -> list[str]:
