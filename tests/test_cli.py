@@ -440,16 +440,6 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(number, code, tmp_path):
     assert error == f"smd.py: {what}; --resume --out 'my run' goes on from the last checkpoint"
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
-def test_an_experiment_that_is_started_as_a_file_says_how_it_is_started(script):
-    source = (ROOT / "experiments" / f"{script}.py").read_text(encoding="utf-8")
-    if "__main__" not in source:
-        pytest.skip("it is no command")
-    run = command(f"{ROOT}/experiments/{script}.py")
-    assert run.returncode == 1
-    assert run.stderr.decode() == f"run it from the project's folder: python -m experiments.{script}\n"
-
-
 def test_a_package_that_is_missing_is_named(capsys):
     assert cli.run_command(lambda: __import__("no_such_package"), "it") == 2
     assert (
