@@ -1,6 +1,6 @@
 """All methods from one base policy: final accuracies, how far the policies are apart, learning curves.
 
-    python -m experiments.compare                                    6 methods x (3 or 4, and 5) runs
+    python -m experiments.compare                                    6 methods: a search, then 5 seeds of each
     python -m experiments.compare --methods smd naive --seeds 3      part of it; finished runs are kept
     python -m experiments.compare --model smollm2 --seeds 3          the same with a real model
     python -m experiments.compare --model smollm2 --seeds 3 --budget 12% --rates 2e-5 4e-5 8e-5 --out out/twelve

@@ -10,6 +10,7 @@ estimators are unbiased, SMD for the gradient of J_sparse, sequence weights for 
 """
 
 import argparse
+import itertools
 import math
 
 import torch
@@ -50,26 +51,18 @@ def noise(world: World, dense: bool) -> float:
     return ((world.p @ each.square().sum(dim=1) - mean.square().sum()) / mean.square().sum()).item()
 
 
-def noises() -> list[dict]:
-    """The least, the median and the largest of five models."""
-    rows = []
-    for length in tqdm(LENGTHS):
-        row = dict(tokens=length)
-        for name, dense in (("smd", False), ("seq_is", True)):
-            least, _, median, _, most = sorted(noise(World(seed, length), dense) for seed in range(5))
-            row |= {f"{name}, least": least, f"{name}, median": median, f"{name}, most": most}
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--noise", action="store_true", help="also print the noise of one response's gradient")
     given = parser.parse_args()
     print(markdown(distances(), ["method"]))
     if given.noise:
-        print("tr Cov / |mean|^2 of one response's gradient, over five models")
-        print(markdown(noises(), ["tokens"]))
+        rows = []
+        for tokens, seed in tqdm(list(itertools.product(LENGTHS, range(5)))):
+            world = World(seed, tokens)
+            rows.append(dict(tokens=tokens, model=seed, smd=noise(world, False), seq_is=noise(world, True)))
+        print("tr Cov / |mean|^2 of one response's gradient")
+        print(markdown(rows, ["tokens", "model"]))
 
 
 if __name__ == "__main__":

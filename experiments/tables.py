@@ -1,8 +1,8 @@
-"""Print the tables and draw the figures of the CSV files in experiments/results, and of nothing else.
+"""Print the tables and draw the figures of the CSV files in experiments/results, from these files alone.
 
     python -m experiments.tables
 
-A table follows its name as a comment. A page that has the comment must have the same table; a test compares them.
+A comment before each table names it. Where a page has such a comment, a test compares its table with the file's.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def pays(csv: Path, picture: Path = ASSETS / "pays.png") -> None:
             mean, half = mean_and_interval(lead(rows, cache))
             axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=colour("smd"))
             axis.annotate(budget, (overlap, mean), (6, 4), textcoords="offset points")
-        axis.set(title=f"{cache} cache", xlabel="overlap p05 before training; labels: keys kept")
+        axis.set(title=f"{cache} cache", xlabel="overlap p05 before training; labels: keys kept", xmargin=0.2)
     axes[0].set_ylabel("lead of smd over the best other method, points")
     figure.savefig(picture, dpi=150)
     print(picture)
@@ -91,15 +91,16 @@ def pays(csv: Path, picture: Path = ASSETS / "pays.png") -> None:
 def saves(csv: Path, picture: Path = ASSETS / "saves.png") -> None:
     """What does compression save? The peak of the stored cache over the length of the response."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, ((cache, budget), rows) in enumerate(group(read_csv(csv), ["cache", "budget"]).items()):
-        rows.sort(key=lambda row: int(row["tokens"]))
-        tokens, style = numbers(rows, "tokens"), dict(color=f"C{number}")
-        label = f"{cache}, {budget} keys" if budget else cache
-        axis.plot(tokens, numbers(rows, "bytes"), "o-", markersize=4, label=label, **style)
-        axis.plot(tokens, numbers(rows, "formula_bytes"), ":", **style)
+    rows = sorted(read_csv(csv), key=lambda row: int(row["tokens"]))
+    for (cache, budget), members in group(rows, ["cache", "budget"]).items():
+        tokens, label = numbers(members, "tokens"), f"{cache}, {budget} keys" if budget else cache
+        (line,) = axis.plot(tokens, numbers(members, "bytes"), "o-", markersize=4, label=label)
+        axis.plot(tokens, numbers(members, "formula_bytes"), ":", color=line.get_color())
     axis.set_xscale("log", base=2)
+    ticks = sorted(set(numbers(rows, "tokens")))
+    axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
     axis.set(yscale="log", xlabel="tokens of each response", ylabel="bytes of the cache (dotted: formula)")
-    axis.legend(frameon=False)
+    axis.legend(loc="upper left", frameon=False)
     figure.savefig(picture, dpi=150)
     print(picture)
 

@@ -16,7 +16,7 @@ import torch.distributed.run
 
 import kernel
 import smd
-from experiments import bench, common, compare, gradients, memory, mismatch, sweep, tables, tolerance, walkthrough
+from experiments import bench, common, compare, gradients, memory, mismatch, tables, tolerance, walkthrough
 from harness import cli, runs, train
 from harness.agent import Agent
 from harness.settings import Settings
@@ -31,7 +31,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
-def test_what_the_pages_name_exists(page):
+def test_files_flags_and_functions_that_a_page_names_exist(page):
     text = page.read_text()
     flags = {cli.flag(f.name) for f in dataclasses.fields(Settings)}
     flags |= set(torch.distributed.run.get_args_parser()._option_string_actions)
@@ -54,7 +54,7 @@ def test_what_the_pages_name_exists(page):
         compile(code, page.name, "exec")
 
 
-def test_the_readme_knows_how_long_the_files_are():
+def test_the_readme_has_the_line_counts_of_the_files():
     text = PAGES[0].read_text()
     rows = re.findall(r"^\| \[`([\w/.]+)`\]\([^)]+\) \| ([\d,]+) \|", text, re.M)
     assert len(rows) == 6
@@ -64,7 +64,7 @@ def test_the_readme_knows_how_long_the_files_are():
         assert abs(count - int(lines.replace(",", ""))) <= 0.03 * count, f"{name} has {count} lines"
 
 
-def test_the_loss_that_the_notebook_lifts_out_is_the_learners():
+def test_the_loss_in_the_notebook_has_the_gradient_of_the_learner():
     text, names = PAGES[1].read_text(), {}
     exec(next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "def smd_loss" in code), names)
     model = small_model()
@@ -75,7 +75,7 @@ def test_the_loss_that_the_notebook_lifts_out_is_the_learners():
     want, _ = smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)
 
     def forward(record_LBGT):
-        """A model that knows nothing of shared prompts: the whole sequence, each with its own."""
+        """The model on whole sequences, each with its own copy of the prompt."""
         tokens_BT = torch.cat((r.prompt_NP.repeat_interleave(3, dim=0), r.response_BR), dim=1)
         return model.log_probs(
             model(tokens_BT, r.pad_N.repeat_interleave(3), record_LBGT)[:, r.prompt_NP.shape[1] - 1 : -1]
@@ -95,40 +95,46 @@ def test_the_loss_that_the_notebook_lifts_out_is_the_learners():
         names["smd_loss"](forward, r.response_BR, r.logp_BR + 0.1 * r.mask_BR, *args[2:], longest=14)
 
 
-def jobs_of(words: str, monkeypatch) -> list[dict]:
-    """The first runs that an experiment asks for."""
-    name = words.split()[0]
+def run_in(monkeypatch, words: str, rows_of=lambda job: {}) -> list[list[dict]]:
+    """The lists of runs that an experiment asks for, where `rows_of` gives the figures of a run."""
+    name, *flags = words.split()
     experiment = importlib.import_module(f"experiments.{name}")
     asked = []
 
-    def stop(folder, jobs, *_):
-        asked.extend(jobs)
-        raise InterruptedError
+    def run_all(folder, jobs, *_):
+        asked.append(jobs)
+        return [job | rows_of(job) for job in jobs]
 
-    monkeypatch.setattr(experiment, "run_all", stop)
-    monkeypatch.setattr(sys, "argv", words.split())
-    with pytest.raises(InterruptedError):
-        experiment.main()
+    monkeypatch.setattr(experiment, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    experiment.main()
     return asked
 
 
-def test_a_comparison_searches_the_given_rates_with_the_given_cache(monkeypatch):
-    words = "compare --model smollm2 --budget 12% --rates 0.5 0.25 --methods smd tis"
-    asked = [(job["method"], job["lr"], job["budget"], job["model"]) for job in jobs_of(words, monkeypatch)]
-    assert asked == [(method, lr, "12%", "smollm2") for method in ("smd", "tis") for lr in (0.5, 0.25)]
+def test_a_comparison_searches_beyond_the_ends_and_reports_the_best_rates(monkeypatch, tmp_path, capsys):
+    def figures(job):
+        # tis likes a rate of 0.2, smd the highest
+        found = dict(reward_last=job["lr"] if job["method"] == "smd" else -abs(job["lr"] - 0.2), sparse=job["seed"])
+        return found | {f"{cache}_at_{step}": 50 for cache in ("sparse", "dense") for step in (0, 5)}
 
-
-def test_the_search_takes_the_rate_with_the_best_last_quarter_and_goes_beyond_the_ends():
-    rewards = {0.1: 1.0, 0.3: 3.0, 0.2: 2.0}
-    searched = [dict(method=m, lr=lr, reward_last=x) for m in ("tis", "smd") for lr, x in rewards.items()]
-    assert list(compare.best_rates(searched).items()) == [("tis", 0.3), ("smd", 0.3)]
-    best = {"smd": 0.3, "naive": 0.1, "tis": 0.2}
-    assert compare.beyond(best, [0.1, 0.2, 0.3]) == [("smd", 0.6), ("naive", 0.05)]
+    words = "compare --model smollm2 --seeds 2 --budget 12% --rates 0.1 0.2 0.4 --methods smd tis"
+    first, second, last = run_in(monkeypatch, f"{words} --out {tmp_path}", figures)
+    assert {(job["model"], job["budget"]) for job in first + second + last} == {("smollm2", "12%")}
+    grid = [(method, lr) for method in ("smd", "tis") for lr in (0.1, 0.2, 0.4)]
+    assert [(job["method"], job["lr"]) for job in first] == grid
+    assert [(job["method"], job["lr"]) for job in second] == [*grid, ("smd", 0.8)]
+    assert {job["seed"] for job in second} == {compare.SEARCH_SEED}
+    best = [("smd", 0.8), ("tis", 0.2)]
+    assert [(job["method"], job["lr"], job["seed"]) for job in last] == [(*b, seed) for seed in (0, 1) for b in best]
+    out = capsys.readouterr().out
+    assert "| smd    | 0.8 | 0.5 ± 6.4 |" in out and "| smd    | 0.8 | 50          | 50          |" in out
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert compare.beyond({"smd": 0.1}, [0.1, 0.2, 0.4]) == [("smd", 0.05)]
 
 
 def test_the_sweep_of_answers_has_one_code_and_three(monkeypatch):
     """One code under a policy that reads the question and one that does not; three codes, also beside the prompt."""
-    jobs = jobs_of("sweep answer --model smollm2 --seeds 1", monkeypatch)
+    (jobs,) = run_in(monkeypatch, "sweep answer --model smollm2 --seeds 1")
     asked = [tuple(job.get(name) for name in ("asked", "budget", "eviction", "protect", "method")) for job in jobs]
     caches = [(1, "25%", "snapkv", None), (1, "12%", "snapkv", None)]
     caches += [(1, "25%", "random", None), (1, "12%", "random", None)]
@@ -138,9 +144,7 @@ def test_the_sweep_of_answers_has_one_code_and_three(monkeypatch):
 
 def test_a_sweep_prints_a_row_for_each_point(monkeypatch, capsys):
     """Runs are made seed by seed and shown point by point."""
-    monkeypatch.setattr(sweep, "run_all", lambda _, jobs, *__: [job | dict(sparse=job["seed"]) for job in jobs])
-    monkeypatch.setattr(sys, "argv", ["sweep", "lam", "--model", "smollm2"])
-    sweep.main()
+    run_in(monkeypatch, "sweep lam --model smollm2", lambda job: dict(sparse=job["seed"]))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [[x.strip() for x in row] for row in rows[2:]] == [[str(lam), "1 ± 2.5"] for lam in (0.0, 0.1, 0.3)]
 
@@ -259,11 +263,6 @@ def test_the_command_makes_tables_and_figures_of_files_alone(tmp_path, monkeypat
         tables.lead(rows + rows[:1], "sparse")
 
 
-def test_curves_are_drawn_from_rows(runs_of_two_seeds, tmp_path):
-    tables.draw_curves(common.read_csv(runs_of_two_seeds[0] / "table.csv"), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
 def test_a_small_case_of_the_memory_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PROMPT", 24)
     monkeypatch.setattr(memory, "CASES", [*memory.CASES[:2], ("compressed shared", "shared", 8)])
@@ -306,7 +305,7 @@ def test_the_noise_of_a_gradient_is_computed_only_when_asked_for(monkeypatch, ca
     """The first table takes four seconds, the second takes minutes."""
     monkeypatch.setattr(gradients, "distances", lambda: [{"method": "smd", "to J_sparse": 0.0}])
     monkeypatch.setattr(gradients, "LENGTHS", range(1, 2))
-    for words, lines in (([], 3), (["--noise"], 7)):
+    for words, lines in (([], 3), (["--noise"], 11)):
         monkeypatch.setattr(sys, "argv", ["gradients", *words])
         gradients.main()
         assert len(capsys.readouterr().out.splitlines()) == lines
@@ -320,17 +319,23 @@ def test_the_walkthrough_holds(capsys):
     assert said[-1].endswith("nats a token")
 
 
-def test_the_bench_prints_plain_and_shared_side_by_side(monkeypatch, capsys):
+@pytest.mark.parametrize("pretrained", [False, True], ids=["toy", "pretrained"])
+def test_the_bench_prints_all_contenders(pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smd, "POLICIES", dict(snapkv=smd.POLICIES["snapkv"], streaming=smd.POLICIES["streaming"]))
     monkeypatch.setattr(bench, "REPEATS", 1)
-    monkeypatch.setattr(bench, "LONG", (1, 40, 2, 3))
-    monkeypatch.setattr(bench, "agent_of", lambda **given: common.agent_of(**given | TINY))
-    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setattr(bench, "LONG", (1, 48, 2, 3))
+    monkeypatch.setattr(bench, "LONG_OF_MODEL", (1, 48, 2, 3))
+    small = dict(prompts=4, samples=2, device="cpu")
+    monkeypatch.setattr(bench, "agent_of", lambda **given: common.agent_of(**given | small))
+    monkeypatch.setattr(sys, "argv", ["bench", *(["--model", model_folder(tmp_path)] if pretrained else [])])
     bench.main()
     out = capsys.readouterr().out
     for title in ("sampling, 1 prompts", "steps, 4 prompts", "long steps, 1 prompts"):
         assert f"\n{title}" in out, title
-    for name in ("full cache", "25% kept by snapkv", "smd", "naive", "dense"):
+    for name in ("full cache", "25% kept by snapkv"):
         assert f"| shared, {name} " in out and f"| plain, {name} " in out, name
+    for name in ("smd", "naive", "dense"):
+        assert f"| shared, {name} " in out and (f"| plain, {name} " in out) != pretrained, name
+    assert ("| generate, full cache " in out) == pretrained
     for column in ("tokens a second", "stored MB", "seconds_update"):
         assert column in out, column

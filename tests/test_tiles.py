@@ -1,4 +1,4 @@
-"""The kernels' lists of tiles, their benchmark, and their compilation for GPUs that are not here."""
+"""The kernels' lists of tiles, their benchmark, and their compilation for GPUs that this machine lacks."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from tiny_model import never_evicted
 
 
 def lists_by_loops(evicted_at_T, order_K, q_start, Tq, M, N):
-    """For each block of queries the tiles visible in full and in part, and for each tile the blocks."""
+    """For each block of queries the fully and the partly visible tiles, and for each tile the blocks."""
     T, end = len(evicted_at_T), q_start + Tq
     seen_from_to = []
     for place, j in enumerate(order_K):
-        # places behind the last key hold copies of it, which nobody sees
+        # slots after the last key hold copies of it, which no query sees
         seen = place < T and max(j, q_start) < min(evicted_at_T[j], end)
         seen_from_to.append((j, evicted_at_T[j]) if seen else (NEVER, 0))
     by_block = [([], []) for _ in range(0, Tq, M)]
@@ -44,7 +44,7 @@ def lists_by_loops(evicted_at_T, order_K, q_start, Tq, M, N):
 
 
 def listed_for(lists, rows):
-    """What `lists` hold for each of these rows: visible in full, and in part."""
+    """The entries of `lists` for each of these rows: fully visible, and partly visible."""
     bounds = lists.bounds[rows].tolist()
     return [(lists.index[a:b].tolist(), lists.index[b:c].tolist()) for a, b, c in bounds]
 
@@ -78,15 +78,15 @@ def test_the_lists_hold_every_visible_pair_once(kind, pairs, monkeypatch):
 
 @pytest.mark.parametrize("M, N", [(128, 64), (16, 32)], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["compressed", "rolling"])
-def test_the_memory_of_the_lists_follows_the_tiles_that_are_visited(kind, M, N):
-    """Would catch lists with a place for every pair of a block and a tile: 47 and 677 MB for one head."""
+def test_the_lists_need_memory_for_visited_tiles_only(kind, M, N):
+    """Would catch lists with an entry for every pair of a block and a tile: 47 and 677 MB for one head."""
     T = 131_072
     row = kernels.compressed_once(T, 0.25, 0) if kind == "compressed" else kernels.rolling(T, 1024, 128, 0)
     made = []
     peak = peak_of_trace(lambda: made.append(kernel.list_tiles(row[None], 0, T, kernel.Blocks(M, N, 16, 4))))
     (tiles,) = made
     visited = len(tiles.by_block.index) - 1
-    # while the one side is put together, the other is there
+    # the lists by block exist while those by tile are made
     assert peak < 12 * visited + 100 * T + 2**24
     kept = 8 * visited + 24 * (T // M + T // N) + 16 * T
     assert sum(x.nbytes for x in tree_leaves(tiles) if isinstance(x, torch.Tensor)) < kept + 100
@@ -141,7 +141,7 @@ def test_the_tiles_of_all_layers_are_listed_together():
 def test_attention_takes_a_layer_of_a_mask(backend):
     qkv, evicted_at = kernel_case()
     never = never_evicted(torch.tensor([0, 9], device=DEVICE), 48)
-    # in the second layer no head's row is where it would be if there were that layer only
+    # the rows of the second layer follow those of the first, so an offset that forgets the layer is an error
     for mask in (ShadowMask(torch.stack((evicted_at, evicted_at.flip(0)))), ShadowMask(never.expand(2, 2, 1, 48))):
         for l in range(2):
             outs = [
@@ -201,7 +201,7 @@ ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes 
 
 
 def compile_ahead(job) -> dict:
-    """Compile one kernel for one architecture, without a GPU and outside the interpreter: what its code shows."""
+    """Compile one kernel for one architecture, without a GPU and outside the interpreter: properties of its code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -209,7 +209,7 @@ def compile_ahead(job) -> dict:
     name, dtype, D, capability, least = job
     source, t = getattr(kernel, name), {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     blocks = kernel.block_sizes(getattr(torch, dtype), D, ARCHITECTURES[capability])
-    # no query or key of a short sequence fills a larger one
+    # a short sequence takes smaller blocks
     blocks = blocks._replace(**{size: min(getattr(blocks, size), least) for size in "MNR"})
     options = kernel.compiled_with(source, blocks, D)
     sizes = {n: options.pop(n) for n in source.arg_names if n in options}
@@ -228,7 +228,7 @@ def compile_ahead(job) -> dict:
         said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
     units = re.findall(r"\b(?:wgmma|mma\.sync|tcgen05\.mma|atom|red)\b|tf32", code["ptx"])
-    # the first step from where a tensor begins, which leads to a head's part of it
+    # the first offset from the start of a tensor leads to its head
     steps = re.findall(r"tt\.addptr %(\w+), .*, (i\d+) loc", code["ttir"])
     return dict(
         job=job,
@@ -237,7 +237,7 @@ def compile_ahead(job) -> dict:
         spilled=int(used[2]) + int(used[3]),
         units=sorted(set(units)),
         steps=sorted({step for step in steps if step[0] in signature}),
-        # how many copies are still on their way when a turn of a loop begins to compute
+        # copies in flight when an iteration of a loop begins to compute
         ahead=[int(n) for n in re.findall(r"ttg\.async_wait .*num = (\d+)", code["ttgir"])],
     )
 
@@ -269,12 +269,12 @@ def test_the_kernels_compile_ahead_of_time():
         assert r["shared"] <= ARCHITECTURES[capability] and r["spilled"] == 0, r
         assert not {"atom", "red", "tf32"} & set(r["units"]), r
         tensor_core = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[capability]
-        if least == 128:  # a small product may be left to other units
+        if least == 128:  # small products may run without tensor cores
             assert (tensor_core in r["units"]) == (dtype == "bfloat16"), r
-        # would catch a program's number that is not made 64-bit before it is multiplied
+        # would catch a program id that is not cast to 64 bits before it is multiplied
         assert {"Q", "K", "V", "BOUNDS", "LSE"} <= {tensor for tensor, _ in r["steps"]}, r
         assert {bits for _, bits in r["steps"]} == {"i64"}, r
-        # would catch an index that is only loaded in the turn that needs its tile: then no tile is loaded ahead
+        # would catch an index that is loaded in the iteration that needs its tile, because no tile is prefetched then
         assert sum(n > 0 for n in r["ahead"]) >= 2, r
         if dtype == "bfloat16" and D == 64 and ARCHITECTURES[capability] > 200_000 and name != "key_gradient_kernel":
             assert r["registers"] <= 128 and 2 * (r["shared"] + 1024) <= ARCHITECTURES[capability], "two do not fit"
