@@ -33,7 +33,7 @@ def draw(evicted_at_GT: torch.Tensor, tokens: list[str], first: int, path: Path)
     figure, axes = plt.subplots(G, 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
     for g, axis in enumerate(axes[:, 0]):
         kind = torch.where(j > i, 0, torch.where(i < evicted_at_GT[g, : len(j)], 2, 1))
-        axis.imshow(kind, colours, aspect="auto", interpolation="nearest", vmin=0, vmax=2)
+        axis.imshow(kind.numpy(), colours, aspect="auto", interpolation="nearest", vmin=0, vmax=2)
         axis.set_ylabel(f"head {g}")
         axis.set_yticks([])
         if len(j) <= READABLE:

@@ -1,5 +1,6 @@
 """The pages name files, flags and functions that exist, and each experiment computes what it says."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ import torch.distributed.run
 
 import kernel
 import smd
-from experiments import bench, common, compare, gradients, memory, mismatch, tables, tolerance, walkthrough
-from harness import cli, runs, train
+from experiments import bench, common, compare, gradients, memory, mismatch, show, tables, tolerance, walkthrough
+from harness import cli, report, runs, train
 from harness.agent import Agent
 from harness.settings import Settings
 from test_smd import gradient
@@ -151,12 +153,20 @@ def test_a_sweep_prints_a_row_for_each_point(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def runs_of_two_seeds(tmp_path_factory):
-    """Two tiny runs side by side: their folder, their settings, and the rows of their table."""
+    """Two tiny runs: their folder, their settings, and the rows of their table. They are made in this process."""
     out = tmp_path_factory.mktemp("runs")
     jobs = [TINY | dict(warmup_steps=0, steps=2, eval_every=1, seed=seed, model=None) for seed in range(2)]
+    in_turn = contextlib.nullcontext(types.SimpleNamespace(map=map))
+
+    def run(words, **_):
+        return subprocess.CompletedProcess(words, train.main(words[2:]), stderr="")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out)  # a base policy is kept in the current folder
-        return out, jobs, common.run_all(out, jobs, 2, out / "table.csv")
+        patch.setattr(common.subprocess, "run", run)
+        patch.setattr(common, "ThreadPoolExecutor", lambda workers: in_turn)  # a command must be in the main thread
+        patch.setattr(report, "draw_curves", lambda *_: None)
+        return out, jobs, common.run_all(out, jobs, 1, out / "table.csv")
 
 
 def test_a_finished_run_is_not_run_again(runs_of_two_seeds, monkeypatch):
@@ -191,10 +201,22 @@ def test_a_row_holds_settings_and_figures_of_a_run(runs_of_two_seeds):
     assert rows[0]["before_dense"] == rows[0]["dense_at_0"] == 100 * summary["before"]["dense"]
 
 
+def test_a_run_shows_what_its_sampler_saw(runs_of_two_seeds, monkeypatch, capsys):
+    (folder,) = runs_of_two_seeds[0].glob("*-0")
+    monkeypatch.setattr(Settings, "width", 128)  # of the run, which was made without the settings of tests
+    monkeypatch.setattr(sys, "argv", ["show", "--out", str(folder)])
+    show.main()
+    out = capsys.readouterr().out.splitlines()
+    prompt, view = out[0].removeprefix("prompt    "), out[4:-1]
+    assert view[0] == prompt and all(line.count("·") == len(prompt) - 18 for line in view[1:3]), "18 keys stay"
+    assert out[-1] == str(folder / "mask.png") and (folder / "mask.png").exists()
+
+
 @pytest.mark.parametrize("said", ["warning\nsmd.py: --out x is in use by another run\n", ""], ids=["refused", "killed"])
 def test_a_run_that_fails_ends_the_experiment_with_its_last_line(said, tmp_path, monkeypatch):
     def ended(words, env, **_):
-        assert env["OMP_NUM_THREADS"] == "3" and f"--out={tmp_path}" in words and "--max-new=5" in words
+        assert words == [sys.executable, smd.__file__, f"--out={tmp_path}", "--max-new=5"]
+        assert env["OMP_NUM_THREADS"] == "3"
         return subprocess.CompletedProcess(words, returncode=2, stderr=said)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -289,7 +311,7 @@ def test_a_small_case_of_the_memory_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_model_is_measured_with_other_caches(tmp_path, monkeypatch):
-    s = small_run(model_folder(tmp_path / "first"), tmp_path / "run")
+    s = small_run(model_folder(tmp_path / "first"), tmp_path / "run", steps=1)
     train.train(s)
     found = mismatch.measured(Agent(train.checked(s)), 1)
     assert {*common.DIAGNOSED, "accuracy"} <= found.keys() and found["kl_sparse_dense"] > 0
