@@ -26,8 +26,8 @@ T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31,
 CORES = os.cpu_count() or 1
 DIAGNOSED = "kl_sparse_dense", "ess_sequence", "overlap_p05"
 # the columns of a run that a table shows; its CSV file has more
-SHOWN = "sparse", "dense", "reward", *(name + end for name in DIAGNOSED for end in ("", "_last"))
-SHOWN += "stored_mb", "seconds", "peak_gb"
+SHOWN = ["sparse", "dense", "reward", "kl_sparse_dense", "kl_sparse_dense_last", "ess_sequence", "ess_sequence_last"]
+SHOWN += ["overlap_p05", "overlap_p05_last", "stored_mb", "seconds", "peak_gb"]
 
 
 def agent_of(**given) -> Agent:
@@ -43,11 +43,10 @@ def add_flags(parser: argparse.ArgumentParser, seeds: int) -> None:
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, table: Path) -> list[dict]:
-    """Train once with each of these settings (None: the default), several runs at a time.
+    """Train with each of these settings (None: the default), several runs at a time: a row for each run.
 
-    Returns a row per run, and keeps the rows in the CSV file `table`. The name of a run's folder holds its settings, so
-    that a finished run is found again. UsageError if a run fails, or if two runs of a task and model have not begun
-    with the same base policy.
+    The CSV file `table` gets the rows as the runs finish. The name of a run's folder holds its settings, so a finished
+    run is found again. UsageError if a run fails, or if runs of one task and model begin with different base policies.
     """
     jobs = [{name: value for name, value in job.items() if value is not None} for job in jobs]
     folders = [out / "-".join(map(str, job.values())).replace(os.sep, "_").replace("%", "pct") for job in jobs]
@@ -64,10 +63,7 @@ def run_all(out: Path, jobs: list[dict], workers: int, table: Path) -> list[dict
 
 
 def run(out: Path, job: dict, threads: int) -> dict:
-    """The settings and figures of a run, which is begun or resumed if it is not finished.
-
-    It has its own process, so that its peak memory is its own.
-    """
+    """Begin or resume a run, unless it is finished, in a process of its own: its settings and figures."""
     if not (out / "summary.json").exists():
         words = [sys.executable, smd.__file__, f"--out={out}", *(f"{cli.flag(name)}={job[name]}" for name in job)]
         if (out / "config.json").exists():

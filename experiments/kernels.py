@@ -32,15 +32,6 @@ def prompt_length(T: int) -> int:
     return T * 7 // 8
 
 
-def compressed_once(T: int, kept: float, seed: int) -> Tensor:
-    """evicted_at (T,) of a prompt of which a random share survives, and of a response that stays."""
-    generator = torch.Generator().manual_seed(seed)
-    P = prompt_length(T)
-    evicted_at = torch.full((T,), NEVER, dtype=torch.int32)
-    evicted_at[torch.randperm(P, generator=generator)[round(P * kept) :]] = P
-    return evicted_at
-
-
 def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
     """evicted_at (T,) where random evictions leave `budget` keys every `interval` tokens: the worst case to sort."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,6 +43,12 @@ def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
         live = shuffled[:budget]
         evicted_at[shuffled[budget:]] = now
     return evicted_at
+
+
+def compressed_once(T: int, kept: float, seed: int) -> Tensor:
+    """evicted_at (T,) where a random share of the prompt's keys is kept when it ends, and all of the response."""
+    P = prompt_length(T)
+    return rolling(T, round(P * kept), P, seed)
 
 
 PATTERNS = {f"{kept:.0%} kept": partial(compressed_once, kept=kept) for kept in (1, 0.5, 0.25, 0.1)}

@@ -20,7 +20,7 @@ from harness.settings import Settings
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parents[1] / "assets"
 SETTINGS = ["cache", "tokens", *(field.name for field in dataclasses.fields(Settings) if field.name != "seed")]
-FIGURES = *SHOWN, "bytes", "tokens_per_second"
+FIGURES = [*SHOWN, "bytes", "tokens_per_second"]
 
 
 def over_steps(rows: list[dict]) -> list[str]:
