@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import kernel
 from experiments.common import command, markdown
-from harness.cli import require
+from harness.cli import in_short, require
 from kernel import EPOCH, NEVER, Blocks, ShadowMask
 
 H, G = 16, 4
@@ -83,7 +83,7 @@ def tile_ratios() -> list[dict]:
 
 
 def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    """Name -> a function that prepares all that depends on the mask alone, and returns the attention to be timed."""
+    """Name -> a function that prepares what depends on the mask alone, and returns the attention to be timed."""
     from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
     Tq, T = q.shape[2], k.shape[2]
@@ -127,8 +127,9 @@ def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict[str, float
     forward = milliseconds(attention)
     torch.cuda.reset_peak_memory_stats()
     both = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do))
-    row = {"forward ms": forward, "+ backward ms": both, "prepare ms": milliseconds(prepare)}
+    row = {"forward ms": forward, "+ backward ms": both}
     row["MiB"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+    row["prepare ms"] = milliseconds(prepare)  # after the peak was read, because it makes a second mask
     # two products of matrices forward and five backward, 2 D operations for a pair in each
     row["TFLOP/s"] = 2 * 2 * do.shape[-1] * pairs / forward / 1e9
     row["+ backward"] = 7 * 2 * do.shape[-1] * pairs / both / 1e9
@@ -136,7 +137,7 @@ def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict[str, float
 
 
 def times(device: str) -> list[dict]:
-    """Every contender at every shape, on random queries, keys and values, with another mask for each kv head."""
+    """A row for each contender and shape, with random queries, keys and values, and a mask for each kv head."""
     torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
     found = []
     for D, T, pattern, queries in tqdm(list(itertools.product((64, 128), LENGTHS, PATTERNS, ("all", "response")))):
@@ -149,8 +150,8 @@ def times(device: str) -> list[dict]:
             row = dict(D=D, T=T, keys=pattern, queries=queries, attention=name)
             try:
                 row |= measure(prepare, qkv, pairs)
-            except RuntimeError as e:  # out of memory, or a shape that the contender does not support
-                row["attention"] += f": {str(e).splitlines()[0][:80]}"
+            except Exception as e:  # out of memory, or a shape that the contender does not support
+                row["attention"] += f": {in_short(e)}"
             found.append(row)
     return found
 

@@ -194,7 +194,7 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(kernels, "contenders", lambda q, k, v, *_: dict(lost=lost, other=lambda: lambda: q))
     monkeypatch.setattr(kernels, "measure", lambda prepare, *_: {"forward ms": len(prepare()().shape)})
     found = [(row["attention"], row.get("forward ms")) for row in kernels.times("cpu")]
-    assert found == [("lost: no kernel", None), ("other", 4)] * 4
+    assert found == [("lost: RuntimeError: no kernel", None), ("other", 4)] * 4
 
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of shared memory that a block may have
