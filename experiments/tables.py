@@ -2,7 +2,8 @@
 
     python -m experiments.tables
 
-A comment before each table names it. Where a page has such a comment, a test compares its table with the file's.
+A comment before each table names it. Where a page has such a comment, a test compares its table with the file's. A
+figure has the name of its file, in assets/: pays.csv, saves.csv, and each file with accuracies over the steps.
 """
 
 import dataclasses
@@ -72,14 +73,14 @@ def lead(rows: list[dict], cache: str) -> list[float]:
     return [ours[seed] - best[seed] for seed in ours if seed in best]
 
 
-def pays(csv: Path, picture: Path = ASSETS / "pays.png") -> None:
+def pays(rows: list[dict], picture: Path) -> None:
     """When does smd pay? Its lead against the overlap of sparse and dense policy before training, for each budget."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
     for axis, cache in zip(axes, CACHES, strict=True):
         axis.axhline(0, color="grey", linewidth=0.8)
-        for (budget,), rows in group(read_csv(csv), ["budget"]).items():
-            overlap = statistics.mean(numbers([row for row in rows if row["method"] == "smd"], "overlap_p05"))
-            mean, half = mean_and_interval(lead(rows, cache))
+        for (budget,), members in group(rows, ["budget"]).items():
+            overlap = statistics.mean(numbers([row for row in members if row["method"] == "smd"], "overlap_p05"))
+            mean, half = mean_and_interval(lead(members, cache))
             axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=colour("smd"))
             axis.annotate(budget, (overlap, mean), (6, 4), textcoords="offset points")
         axis.set(title=f"{cache} cache", xlabel="overlap p05 before training; labels: keys kept", xmargin=0.2)
@@ -88,10 +89,10 @@ def pays(csv: Path, picture: Path = ASSETS / "pays.png") -> None:
     print(picture)
 
 
-def saves(csv: Path, picture: Path = ASSETS / "saves.png") -> None:
+def saves(rows: list[dict], picture: Path) -> None:
     """What does compression save? The peak of the stored cache over the length of the response."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    rows = sorted(read_csv(csv), key=lambda row: int(row["tokens"]))
+    rows = sorted(rows, key=lambda row: int(row["tokens"]))
     for (cache, budget), members in group(rows, ["cache", "budget"]).items():
         tokens, label = numbers(members, "tokens"), f"{cache}, {budget} keys" if budget else cache
         (line,) = axis.plot(tokens, numbers(members, "bytes"), "o-", markersize=4, label=label)
@@ -108,9 +109,14 @@ def saves(csv: Path, picture: Path = ASSETS / "saves.png") -> None:
 def main() -> None:
     for name, table in tables().items():
         print(f"<!-- table: {name} -->\n{table}\n")
-    for draw in (pays, saves):
-        if (RESULTS / f"{draw.__name__}.csv").exists():
-            draw(RESULTS / f"{draw.__name__}.csv")
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows, picture = read_csv(path), ASSETS / f"{path.stem}.png"
+        if path.stem == "pays":
+            pays(rows, picture)
+        elif path.stem == "saves":
+            saves(rows, picture)
+        elif over_steps(rows):
+            draw_curves(rows, picture)
 
 
 if __name__ == "__main__":

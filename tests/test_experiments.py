@@ -268,12 +268,14 @@ def test_the_command_makes_tables_and_figures_of_files_alone(tmp_path, monkeypat
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "pays.csv").write_text(TOY)
     (tmp_path / "saves.csv").write_text("cache,budget,tokens,bytes,formula_bytes\ndense,,256,9,8\ndense,,512,17,16\n")
+    (tmp_path / "toy.csv").write_text("method,seed,sparse,sparse_at_0,dense_at_0\nsmd,0,40,18.2,41.1\n")
     drawn = []
     monkeypatch.setattr(tables.plt.Figure, "savefig", lambda self, path, **_: drawn.append((path, self)))
     tables.main()
     said = capsys.readouterr().out
     assert "| smd    | 0.0001 | 44.5 ± 19  | 83 ± 13 |" in said and "<!-- table: saves -->" in said
-    assert [path.name for path, _ in drawn] == ["pays.png", "saves.png"]
+    assert "<!-- table: toy -->" in said and "<!-- table: toy over the steps -->" in said
+    assert [path for path, _ in drawn] == [ROOT / "assets" / f"{name}.png" for name in ("pays", "saves", "toy")]
     assert not outdated(said) and outdated(said.replace("44.5", "44.6")) == ["pays"], "control"
     # the best other method with the sparse cache is tis (39 against 38.5), with the dense one naive (87 against 85)
     rows = common.read_csv(tmp_path / "pays.csv")
