@@ -1,4 +1,4 @@
 import os
 
-# a picture needs no screen; what a notebook's shell asks for ends the import of matplotlib where it is not installed
+# draw without a screen, even if the shell of a notebook names another backend, which may not be installed
 os.environ["MPLBACKEND"] = "agg"

@@ -1,27 +1,33 @@
-"""What the experiments share: runs that are kept and resumed, and tables."""
+"""What the experiments share: runs that are kept and resumed, their figures as CSV, and tables."""
 
 import argparse
+import csv
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import smd
-from harness import cli, files, train
-from harness.agent import Agent
+from harness import cli, files, report, train
+from harness.agent import CACHES, Agent
 from harness.settings import Settings
 
-# Student's t for 95 %, by degrees of freedom; beyond, 1.96 + 2.5 / n is within 1 %
+# Student's t for 95 %, by degrees of freedom; for more, 1.96 + 2.5 / n is within 1 %
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 CORES = os.cpu_count() or 1
-Result = tuple[dict, list[dict]]  # what summary.json and metrics.jsonl of a run hold
+DIAGNOSED = "kl_sparse_dense", "ess_sequence", "overlap_p05"
+# the columns of a run that a table shows; its CSV file has more
+SHOWN = ["sparse", "dense", "reward", "kl_sparse_dense", "kl_sparse_dense_last", "ess_sequence", "ess_sequence_last"]
+SHOWN += ["overlap_p05", "overlap_p05_last", "stored_mb", "seconds", "peak_gb"]
 
 
 def agent_of(**given) -> Agent:
@@ -29,143 +35,128 @@ def agent_of(**given) -> Agent:
     return Agent(train.checked(Settings(**given)))
 
 
-def result(out: Path) -> Result:
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((out / "summary.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+def add_flags(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """The flags of experiments with many runs."""
+    parser.add_argument("--model", help="a pretrained model, as for a run")
+    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each kind, with seeds 0, 1, ...")
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
 
 
-def finished(out: Path, steps: int) -> bool:
-    return (out / "summary.json").exists() and result(out)[0]["steps"] == steps
+def run_all(out: Path, jobs: list[dict], workers: int, table: Path) -> list[dict]:
+    """Train with each of these settings (None: the default), several runs at a time: a row for each run.
 
-
-def run(out: Path, job: dict, threads: int) -> None:
-    """Begin or resume a run with these settings, as `python smd.py` does; UsageError with its last line if it fails.
-
-    It has a process of its own, so that the most memory which it held is its own.
+    The CSV file `table` gets the rows as the runs finish. The name of a run's folder holds its settings, so a finished
+    run is found again. UsageError if a run fails, or if runs of one task and model begin with different base policies.
     """
-    words = [sys.executable, smd.__file__, f"--out={out}", *(f"{cli.flag(name)}={job[name]}" for name in job)]
-    if (out / "config.json").exists():
-        words.append("--resume")
-    # threads that spin while they wait take the cores from the run beside theirs
-    environment = dict(OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT="1000")
-    # large pages: each step of a real model frees large tensors and allocates them again
-    environment["THP_MEM_ALLOC_ENABLE"] = "1"
-    ended = subprocess.run(words, env=environment | os.environ, capture_output=True, text=True)
-    if ended.returncode:
-        said = ended.stderr.strip() or "it was killed, perhaps for want of memory; give fewer --jobs"
-        raise cli.UsageError(f"the run in {out} failed: {said.splitlines()[-1]}")
-    if "model" in job:
-        (out / "checkpoint.pt").unlink()  # it is gigabytes, and model/ has the weights
+    jobs = [{name: value for name, value in job.items() if value is not None} for job in jobs]
+    folders = [out / "-".join(map(str, job.values())).replace(os.sep, "_").replace("%", "pct") for job in jobs]
+    train_one = partial(run, threads=max(1, CORES // workers))
+    rows = []
+    with ThreadPoolExecutor(workers) as pool:
+        for row in tqdm(pool.map(train_one, folders, jobs), total=len(jobs), desc=table.stem):
+            rows.append(row)
+            write_csv(table, rows)
+    bases = {(row.get("model"), row.get("asked"), row["before_dense"]) for row in rows}
+    same = len(bases) == len({base[:2] for base in bases})
+    cli.require(same, f"the runs in {out} start from different base policies; delete them or move them away")
+    return rows
 
 
-def named(*words) -> str:
-    """The name of a file or folder; a model may be a path, a budget a share."""
-    return "-".join(map(str, words)).replace(os.sep, "_").replace("%", "pct")
+def run(out: Path, job: dict, threads: int) -> dict:
+    """Begin or resume a run, unless it is finished, in a process of its own: its settings and figures."""
+    if not (out / "summary.json").exists():
+        words = [sys.executable, smd.__file__, f"--out={out}", *(f"{cli.flag(name)}={job[name]}" for name in job)]
+        if (out / "config.json").exists():
+            words.append("--resume")
+        # threads that spin while they wait would take the cores of the other runs, and a real model needs large pages,
+        # because each step frees and allocates large tensors
+        environment = dict(OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT="1000", THP_MEM_ALLOC_ENABLE="1")
+        ended = subprocess.run(words, env=environment | os.environ, capture_output=True, text=True)
+        if ended.returncode:
+            said = ended.stderr.strip() or "it was killed, perhaps because memory ran out; give fewer --jobs"
+            raise cli.UsageError(f"the run in {out} failed: {said.splitlines()[-1]}")
+        if "model" in job:
+            (out / "checkpoint.pt").unlink()  # gigabytes; model/ has the weights
+    config, summary = (json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "summary"))
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {name: config[name] for name in ("method", "budget", "lr", "seed")} | job | figures(summary, log)
 
 
-def base_of(job: dict) -> tuple:
-    """The settings among a job's that decide its base policy."""
-    return tuple(job.get(name) for name in ("model", "asked"))
+def figures(summary: dict, log: list[dict]) -> dict[str, float]:
+    """The figures of one run; accuracies are in percent, and `sparse_at_20` is the one after 20 steps."""
+    diagnosed = [row for row in log if "kl_sparse_dense" in row]
+    rewards = [row["reward"] for row in log]
+    found = dict(reward=statistics.mean(rewards), reward_last=statistics.mean(rewards[-(len(log) // 4 or 1) :]))
+    for cache in CACHES:
+        found[f"before_{cache}"] = 100 * summary["before"][cache]
+        found[cache] = 100 * summary["after"][cache]
+        for step, accuracy in zip(*report.held_out(log, summary, cache), strict=True):
+            found[f"{cache}_at_{step}"] = 100 * accuracy
+    for name in DIAGNOSED:
+        found[name] = diagnosed[0][name]  # before training
+        found[f"{name}_last"] = diagnosed[-1][name]
+    found["stored_mb"] = max(row["stored_kv_bytes"] for row in log) / 1e6
+    found["seconds"] = sum(row["seconds_sample"] + row["seconds_learn"] for row in log)
+    found["peak_gb"] = (summary["peak_memory"] or float("nan")) / 1e9
+    return found
 
 
-def run_all(out: Path, jobs: list[dict], workers: int, bar: tqdm) -> list[Result]:
-    """A run for each of these settings, so many at a time, each with its share of the cores; in the order of `jobs`.
-
-    A run's folder is named by all that is set, so that experiments find the runs that they have in common. Ctrl-C keeps
-    what is there. Raises UsageError where the runs that are there started from another base policy than the new ones.
-    """
-    folders = [out / named(*job.values()) for job in jobs]
-    todo = {folder: job for folder, job in zip(folders, jobs, strict=True) if not finished(folder, job["steps"])}
-    bar.update(len(jobs) - len(todo))
-    # a base policy that several runs start from is made by one of them, before the others begin
-    first = list({base_of(job): folder for folder, job in todo.items()}.values())
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for part in (first, [folder for folder in todo if folder not in first]):
-            for _ in pool.map(lambda folder: run(folder, todo[folder], max(1, CORES // workers)), part):
-                bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    done = [result(folder) for folder in folders]
-    starts = {(base_of(job), summary["before"]["dense"]) for job, (summary, _) in zip(jobs, done, strict=True)}
-    if len(starts) > len(set(map(base_of, jobs))):
-        raise cli.UsageError(f"the runs in {out} start from different base policies; delete them or move them away")
-    return done
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A column for each name in any row; floats with six digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+    files.write(path, text.getvalue())
 
 
-def positive(text: str) -> int:
-    """The type of a count on the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
 
 
-def options(parser: argparse.ArgumentParser, seeds: int) -> None:
-    """The flags that experiments with many runs share."""
-    parser.add_argument("--model")
-    parser.add_argument("--seeds", type=positive, default=seeds)
-    parser.add_argument("--steps", type=positive, help="default: as many as a run takes")
-    workers = 1 if torch.cuda.is_available() else CORES
-    parser.add_argument("--jobs", type=positive, default=workers, help="runs at a time")
-
-
-def steps_of(given: argparse.Namespace) -> int:
-    return given.steps or train.checked(Settings(model=given.model)).steps
-
-
-def figures(summary: dict, rows: list[dict]) -> dict[str, float]:
-    """The columns of a table, of one run."""
-    diagnosed = [row for row in rows if "kl_sparse_dense" in row]
-    memory = {} if summary["peak_memory"] is None else {"peak GB": summary["peak_memory"] / 1e9}
-    return memory | {
-        "base sparse %": 100 * summary["before"]["sparse"],
-        "base dense %": 100 * summary["before"]["dense"],
-        "sparse %": 100 * summary["after"]["sparse"],
-        "dense %": 100 * summary["after"]["dense"],
-        "mean reward": statistics.mean(row["reward"] for row in rows),
-        "KL(sparse‖dense)": diagnosed[-1]["kl_sparse_dense"],
-        "least ESS": min(row["ess_sequence"] for row in diagnosed),
-        "overlap p05": min(row["overlap_p05"] for row in diagnosed),
-        "stored KV MB": max(row["stored_kv_bytes"] for row in rows) / 1e6,
-        "seconds": sum(row["seconds_sample"] + row["seconds_learn"] for row in rows),
-    }
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval; NaN for one value alone."""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval; NaN for a single value."""
     n = len(values) - 1
-    return statistics.mean(values), T_95.get(n, 1.96 + 2.5 / max(1, n)) * spread / len(values) ** 0.5
+    if n == 0:
+        return values[0], float("nan")
+    return statistics.mean(values), T_95.get(n, 1.96 + 2.5 / n) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def cell(values: list[float]) -> str:
+def cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean, half = mean_and_interval(values)
-    return (f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3g}") + (f" ± {half:.2g}" if half > 0 else "")
+    return (f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}") + (f" ± {half:.2g}" if half > 0 else "")
 
 
-def table(groups: dict[str, list[dict[str, float]]], path: Path) -> str:
-    """Mean ± 95 % interval over the rows of each group, as text; and as Markdown into `path`.
+def group(rows: list[dict], by: Sequence[str]) -> dict[tuple, list[dict]]:
+    """Rows with equal values in these columns together."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name, "") for name in by), []).append(row)
+    return groups
 
-    A column that a group lacks is left empty there.
-    """
-    columns = list(dict.fromkeys(column for rows in groups.values() for column in rows[0]))
-    lines = [["", *columns]]
-    for name, rows in groups.items():
-        lines.append([name, *(cell([row[c] for row in rows]) if c in rows[0] else "" for c in columns)])
+
+def numbers(rows: list[dict], name: str) -> list[float]:
+    """The numbers in a column, without its empty cells."""
+    return [float(row[name]) for row in rows if row.get(name) not in (None, "")]
+
+
+def markdown(rows: list[dict], by: Sequence[str], columns: Sequence[str] | None = None) -> str:
+    """A Markdown table: mean ± 95 % interval of these columns (None: all others) over the rows of each group."""
+    if columns is None:
+        columns = dict.fromkeys(name for row in rows for name in row if name not in by)
+    columns = [name for name in columns if numbers(rows, name)]
+    lines = [[*by, *columns]]
+    for key, members in group(rows, by).items():
+        lines.append([*map(str, key), *(cell(numbers(members, name)) for name in columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    marked = ["| " + " | ".join(line) + " |" for line in lines]
-    files.write(path, "\n".join([marked[0], "|" + "---|" * len(widths), *marked[1:]]) + "\n")
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run an experiment; what a user can mend ends it with one line."""
-
-    def run() -> None:
-        try:
-            main()
-        except KeyboardInterrupt as e:
-            e.add_note("what is finished is kept")
-            raise
-
-    sys.exit(cli.run_command(run, Path(sys.argv[0]).stem))
+    """Run an experiment; an error that the user can fix ends it with one line."""
+    sys.exit(cli.run_command(main, Path(sys.argv[0]).stem))

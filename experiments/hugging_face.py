@@ -1,13 +1,10 @@
-"""A press of kvpress as sampler, under `generate` of the transformers package, and our learner of the same model.
+"""A press of kvpress as the sampler, under `generate` of the transformers package, and our learner of the same model.
 
-    python -m experiments.hugging_face                  presses on SmolLM2, beside our own sampler
-    python -m experiments.hugging_face --model FOLDER   on a model of your own
+    python -m experiments.hugging_face                  presses with SmolLM2, beside our own sampler
+    python -m experiments.hugging_face --model FOLDER   with another model
 
-Which of the prompt's keys a press has kept becomes evicted_at. Letters as in smd.py; K of P columns are kept.
+The keys of the prompt that a press keeps give evicted_at. Letters as in smd.py; K of the P columns are kept.
 """
-
-if not __package__:  # then none of the project's modules is found
-    raise SystemExit("run it from the project's folder: python -m experiments.hugging_face")
 
 import argparse
 
@@ -19,27 +16,26 @@ from harness.pretrained import Pretrained
 from kernel import NEVER, demand
 
 SAMPLES, NEW = 12, 16
-LARGEST_ERROR = 1e-3  # of a log-prob in float32: beyond, a press did more than to evict
+LARGEST_ERROR = 1e-3  # of a log-prob in float32; above it, the press did more than evict
 
 
 def kept_columns(prompt, cache, K: int) -> Tensor:
-    """Which of a prompt's columns (B, G, P) make the first K of a layer's cache; ValueError where none do."""
+    """Which columns of a prompt (B, G, P) are the first K keys of a layer's cache; ValueError if some key is none."""
     same_BGKP = (cache.keys[:, :, :K, None] == prompt.keys[:, :, None]).all(dim=-1)
     column_BGK = same_BGKP.int().argmax(dim=-1)
     kept_BGP = torch.zeros_like(same_BGKP[:, :, 0]).scatter(-1, column_BGK, True)
     value_BGKD = prompt.values.gather(2, column_BGK[..., None].expand_as(cache.values[:, :, :K]))
-    whole = (
-        same_BGKP.any(dim=-1).all() and (kept_BGP.sum(dim=-1) == K).all() and value_BGKD.equal(cache.values[:, :, :K])
-    )
-    demand(whole, "the press does more than evict keys from each head when the prompt ends")
+    found = same_BGKP.any(dim=-1).all() and (kept_BGP.sum(dim=-1) == K).all()
+    only_evicts = found and value_BGKD.equal(cache.values[:, :, :K])
+    demand(only_evicts, "the press does more than evict keys from each head when the prompt ends")
     return kept_BGP
 
 
 @torch.no_grad()
 def sample(model: Pretrained, press, tokens_BP: Tensor, max_new: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Responses (B, R) by `generate` under a press, their log-probs, and evicted_at (L, B, G, T); no end of text.
+    """Responses (B, R) by `generate` under a press, their log-probs, and evicted_at (L, B, G, T).
 
-    ValueError where a press does anything but evict keys from each head when the prompt ends.
+    EOS does not end a response. ValueError if the press does more than evict keys of each head when the prompt ends.
     """
     whole, P = model.whole, tokens_BP.shape[1]
     whole.set_attn_implementation("sdpa")
@@ -58,18 +54,18 @@ def sample(model: Pretrained, press, tokens_BP: Tensor, max_new: int) -> tuple[T
     logp_BR = logp_BRV.gather(-1, response_BR[..., None])[..., 0]
     kept = []
     for before, after in zip(of_prompt.layers, found.past_key_values.layers, strict=True):
-        K = after.keys.shape[2] - (max_new - 1)  # behind them are the response's, all but the last
+        K = after.keys.shape[2] - (max_new - 1)  # the keys of the response follow, except for the last token
         kept.append(kept_columns(before, after, K))
     evicted_at_LBGP = torch.where(torch.stack(kept), NEVER, P).int()
     record_LBGT = torch.nn.functional.pad(evicted_at_LBGP, (0, max_new), value=NEVER)
     error = (replayed(model, tokens_BP, response_BR, record_LBGT) - logp_BR).abs().max().item()
-    demand(error < LARGEST_ERROR, f"what the press has kept does not explain what it drew: off by {error:.1e}")
+    demand(error < LARGEST_ERROR, f"the press does more than evict: log-probs are off by {error:.1e}")
     return response_BR, logp_BR, record_LBGT
 
 
 @torch.no_grad()
 def replayed(model: Pretrained, tokens_BP: Tensor, response_BR: Tensor, record_LBGT: Tensor) -> Tensor:
-    """Log-probs (B, R) of the response tokens by the learner under a record."""
+    """Log-probs (B, R) of the response tokens by the learner under a shadow mask."""
     no_padding_B = tokens_BP.new_zeros(len(tokens_BP))
     hidden_BTC = model(torch.cat((tokens_BP, response_BR), dim=1), no_padding_B, record_LBGT)
     logp_BRV = model.log_probs(hidden_BTC[:, tokens_BP.shape[1] - 1 : -1])

@@ -1,51 +1,35 @@
-"""The area of the tiles that the kernels visit, and the time that they take beside other attentions.
+"""The area of the tiles that the kernels visit and, on CUDA, their time beside other attentions.
 
-    python -m experiments.kernels          prints both tables, and keeps them in out/kernels
+    python -m experiments.kernels
 
-The kernels are timed on CUDA, beside SDPA's flash (causal and blind to eviction: what the hardware can do), SDPA with a
-boolean mask, and FlexAttention with the same mask, after a check that the kernels are right. TFLOP/s count visible
-pairs only. MiB is the peak of forward and backward, with what is prepared once for a mask. Without CUDA the plain
-version is timed beside dense SDPA. The letters are those of kernel.py.
+The kernels are timed beside SDPA's flash (causal, without evictions: the hardware's limit), SDPA with a boolean mask,
+and FlexAttention with the same mask, after a check that they are right. TFLOP/s count visible pairs only. MiB is the
+peak of forward and backward, with what is prepared once for a mask. The letters are those of kernel.py.
 """
-
-if not __package__:  # then none of the project's modules is found
-    raise SystemExit("run it from the project's folder: python -m experiments.kernels")
 
 import argparse
 import itertools
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 import kernel
-from experiments.common import command, table
-from harness.cli import require
-from harness.report import Progress
+from experiments.common import command, markdown
+from harness.cli import in_short, require
 from kernel import EPOCH, NEVER, Blocks, ShadowMask
 
 H, G = 16, 4
 LENGTHS = 2048, 8192, 32768
-CPU_LENGTHS = 512, 1024
 ORDERS = {"position": None, "time of eviction": 1, f"epoch of {EPOCH}": EPOCH}  # of the keys -> epoch of `list_tiles`
 
 
 def prompt_length(T: int) -> int:
     return T * 7 // 8
-
-
-def compressed_once(T: int, kept: float, seed: int) -> Tensor:
-    """evicted_at (T,) of a prompt of which a random share survives, and of a response that stays."""
-    generator = torch.Generator().manual_seed(seed)
-    P = prompt_length(T)
-    evicted_at = torch.full((T,), NEVER, dtype=torch.int32)
-    evicted_at[torch.randperm(P, generator=generator)[round(P * kept) :]] = P
-    return evicted_at
 
 
 def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
@@ -61,6 +45,12 @@ def rolling(T: int, budget: int, interval: int, seed: int) -> Tensor:
     return evicted_at
 
 
+def compressed_once(T: int, kept: float, seed: int) -> Tensor:
+    """evicted_at (T,) where a random share of the prompt's keys is kept when it ends, and all of the response."""
+    P = prompt_length(T)
+    return rolling(T, round(P * kept), P, seed)
+
+
 PATTERNS = {f"{kept:.0%} kept": partial(compressed_once, kept=kept) for kept in (1, 0.5, 0.25, 0.1)}
 PATTERNS["rolling"] = partial(rolling, budget=1024, interval=128)
 
@@ -72,47 +62,33 @@ def visible_pairs(evicted_at: Tensor, q_start: int, Tq: int) -> int:
 
 
 def tile_ratio(evicted_at: Tensor, q_start: int, Tq: int, blocks: Blocks, epoch: int | None = EPOCH) -> float:
-    """Area of the tiles that are visited over visible pairs: 1 would be a kernel that wastes nothing."""
+    """Area of the visited tiles over visible pairs: 1 if no tile holds a hidden pair."""
     tiles = kernel.list_tiles(evicted_at.flatten(0, -2), q_start, Tq, blocks, epoch)
     visited = len(tiles.by_block.index) - 1
     return visited * blocks.M * blocks.N / visible_pairs(evicted_at, q_start, Tq)
 
 
-def tile_ratios() -> dict[str, list[dict]]:
-    """What each order of the keys wastes, in all rows and in the response's."""
-    blocks = kernel.block_sizes(torch.bfloat16, 64, shared_memory=0)  # of D = 64, the same on all GPUs
-    groups = {}
+def tile_ratios() -> list[dict]:
+    """`tile_ratio` for each order of the keys, for all queries and for those of the response."""
+    blocks = kernel.block_sizes(torch.bfloat16, 64, shared_memory=0)  # for D = 64, the same on all GPUs
+    rows = []
     for T, pattern in itertools.product(LENGTHS, PATTERNS):
         evicted_at = PATTERNS[pattern](T, seed=0)[None]
-        row = {}
-        for order, epoch in ORDERS.items():
-            for rows, q_start in (("all", 0), ("response", prompt_length(T))):
-                row[f"{order}, {rows}"] = tile_ratio(evicted_at, q_start, T - q_start, blocks, epoch)
-        groups[f"T = {T:,}, {pattern}"] = [row]
-    return groups
+        row = dict(T=T, keys=pattern)
+        starts = dict(all=0, response=prompt_length(T))
+        for (order, epoch), (queries, q_start) in itertools.product(ORDERS.items(), starts.items()):
+            row[f"{order}, {queries}"] = tile_ratio(evicted_at, q_start, T - q_start, blocks, epoch)
+        rows.append(row)
+    return rows
 
 
-def milliseconds(run: Callable, device: str) -> float:
-    """Median of several runs after warm-up: device time with a cold L2 cache, or wall time on the CPU."""
-    if device == "cuda":
-        return kernel.triton.testing.do_bench(run, return_mode="median")
-    return 1e3 * Timer("run()", globals=dict(run=run)).blocked_autorange().median
-
-
-def dense_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, the queries at the last positions of the keys."""
-    Tq, T = q.shape[2], k.shape[2]
-    mask = dict(is_causal=True) if Tq == T else dict(attn_mask=causal_lower_right(Tq, T))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
-
-
-def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    """Name -> what prepares all that the mask alone decides, and returns the attention to be timed."""
+def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
+    """Name -> a function that prepares what depends on the mask alone, and returns the attention to be timed."""
     from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
     Tq, T = q.shape[2], k.shape[2]
     by_head = evicted_at.repeat_interleave(H // G, dim=1)
-    # its faster kernels want static shapes
+    # its faster kernels need static shapes
     block_mask_of = torch.compile(flex_attention.create_block_mask, dynamic=False)
     attention = torch.compile(flex_attention.flex_attention, dynamic=False)
 
@@ -122,8 +98,9 @@ def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
         return lambda: kernel.attention_triton(q, k, v, layer, q_start)
 
     def flash() -> Tensor:
+        causal = dict(is_causal=True) if Tq == T else dict(attn_mask=causal_lower_right(Tq, T))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return dense_sdpa(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **causal)
 
     def mask():
         i = torch.arange(q_start, T, device=q.device)[:, None]
@@ -141,66 +118,55 @@ def cuda_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start
     return dict(ours=ours, flash=lambda: flash, mask=mask, flex=flex)
 
 
-def cpu_contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
-    plain = partial(kernel.attention_torch, q, k, v, ShadowMask(evicted_at[None])[0], q_start)
-    return dict(torch=lambda: plain, dense=lambda: partial(dense_sdpa, q, k, v))
-
-
 def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict[str, float]:
-    """Milliseconds forward and forward + backward; on CUDA also to prepare, TFLOP/s on visible pairs, and peak MiB."""
-    device = qkv[0].device.type
-    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    """Median milliseconds with a cold L2 cache, forward, with backward, and to prepare; TFLOP/s; peak MiB."""
+    milliseconds = partial(kernel.triton.testing.do_bench, return_mode="median")
+    held = torch.cuda.memory_allocated()
     attention = prepare()
     do = torch.randn_like(attention())
-    row = {"forward ms": milliseconds(attention, device)}
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    row["+ backward ms"] = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do), device)
-    if device == "cuda":
-        row["MiB"] = (torch.cuda.max_memory_allocated() - held) / 2**20  # with what was prepared
-        row["prepare ms"] = milliseconds(prepare, device)
-        # two products of matrices forward and five backward, 2 D operations for a pair in each
-        row["TFLOP/s"] = 2 * 2 * do.shape[-1] * pairs / row["forward ms"] / 1e9
-        row["+ backward"] = 7 * 2 * do.shape[-1] * pairs / row["+ backward ms"] / 1e9
+    forward = milliseconds(attention)
+    torch.cuda.reset_peak_memory_stats()
+    both = milliseconds(lambda: torch.autograd.grad(attention(), qkv, do))
+    row = {"forward ms": forward, "+ backward ms": both}
+    row["MiB"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+    row["prepare ms"] = milliseconds(prepare)  # after the peak was read, because it makes a second mask
+    # two products of matrices forward and five backward, 2 D operations for a pair in each
+    row["TFLOP/s"] = 2 * 2 * do.shape[-1] * pairs / forward / 1e9
+    row["+ backward"] = 7 * 2 * do.shape[-1] * pairs / both / 1e9
     return row
 
 
-def times(device: str) -> dict[str, list[dict]]:
-    """Every contender at every shape, on random queries, keys and values, with another mask for each kv head."""
-    dtype, contenders = torch.float32, cpu_contenders
-    shapes = [(64, T, "25% kept") for T in CPU_LENGTHS]  # the plain version's work does not depend on the mask
-    if device == "cuda":
-        dtype, contenders = torch.bfloat16, cuda_contenders
-        shapes = list(itertools.product((64, 128), LENGTHS, PATTERNS))
-        torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
-    groups = {}
-    with Progress(desc="times", total=2 * len(shapes)) as progress:
-        for (D, T, pattern), rows in itertools.product(shapes, ("all rows", "response")):
-            q_start = 0 if rows == "all rows" else prompt_length(T)
-            evicted_at = torch.stack([PATTERNS[pattern](T, seed=g) for g in range(G)])[None].to(device)
-            sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
-            qkv = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
-            pairs = visible_pairs(evicted_at, q_start, T - q_start) * H // G
-            for name, prepare in contenders(*qkv, evicted_at, q_start).items():
-                name = f"D = {D}, T = {T:,}, {pattern}, {rows}: {name}"
-                try:
-                    groups[name] = [measure(prepare, qkv, pairs)]
-                except Exception as e:  # a row that cannot be had says why
-                    groups[f"{name}: {(str(e) or type(e).__name__).splitlines()[0][:80]}"] = [{}]
-            progress.step()
-    return groups
+def times(device: str) -> list[dict]:
+    """A row for each contender and shape, with random queries, keys and values, and a mask for each kv head."""
+    torch._dynamo.config.recompile_limit = 256  # past it, FlexAttention would run uncompiled
+    found = []
+    for D, T, pattern, queries in tqdm(list(itertools.product((64, 128), LENGTHS, PATTERNS, ("all", "response")))):
+        q_start = 0 if queries == "all" else prompt_length(T)
+        evicted_at = torch.stack([PATTERNS[pattern](T, seed=g) for g in range(G)])[None].to(device)
+        sizes = (1, H, T - q_start, D), (1, G, T, D), (1, G, T, D)
+        qkv = [torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
+        pairs = visible_pairs(evicted_at, q_start, T - q_start) * H // G
+        for name, prepare in contenders(*qkv, evicted_at, q_start).items():
+            row = dict(D=D, T=T, keys=pattern, queries=queries, attention=name)
+            try:
+                row |= measure(prepare, qkv, pairs)
+            except Exception as e:  # out of memory, or a shape that the contender does not support
+                row["attention"] += f": {in_short(e)}"
+            found.append(row)
+    return found
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    errors = kernel.check(device) if device == "cuda" else {}
     print("area of the tiles of 128 x 64 over visible pairs, by order of the keys")
-    print(table(tile_ratios(), Path("out/kernels/tiles.md")))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"B = 1, H = {H}, G = {G}, on {name}")
-    print(table(times(device), Path("out/kernels/times.md")))
+    print(markdown(tile_ratios(), ["T", "keys"]))
+    if not torch.cuda.is_available():
+        print("there is no CUDA device: the kernels are not timed")
+        return
+    errors = kernel.check("cuda")
     require(all(error < kernel.LIMIT for error in errors.values()), "the kernels are wrong: see the check above")
+    print(f"B = 1, H = {H}, G = {G}, on {torch.cuda.get_device_name()}")
+    print(markdown(times("cuda"), ["D", "T", "keys", "queries", "attention"]))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""Ablations: what is kept, who chooses it, how hard the dense policy follows, how long the answer is.
+"""Ablations: how many keys stay, which policy chooses them, the weight of track 2, the length of the answer.
 
-    python -m experiments.sweep budget                  the rows of SWEEPS: budget, eviction, lam, length
-    python -m experiments.sweep lam --model smollm2     the rows of SWEEPS_OF_MODEL: eviction, lam, answer
+    python -m experiments.sweep budget                  a grid of GRIDS: budget, eviction, lam, length
+    python -m experiments.sweep lam --model smollm2     a grid of GRIDS_OF_MODEL: eviction, lam, answer
 
-Three seeds each (--seeds). What is finished is never run again; another length of the answer has its own base policy.
+Three seeds each (--seeds); finished runs are kept. The learning rates are those that the search of
+`experiments.compare` chose.
 """
-
-if not __package__:  # then none of the project's modules is found
-    raise SystemExit("run it from the project's folder: python -m experiments.sweep")
 
 import argparse
 import itertools
 from pathlib import Path
 
-from tqdm import tqdm
-
 import smd
-from experiments.common import command, figures, named, options, run_all, steps_of, table
+from experiments.common import SHOWN, add_flags, command, markdown, run_all
+from harness.cli import require
 
 
 def grid(**values) -> list[dict]:
@@ -25,43 +22,37 @@ def grid(**values) -> list[dict]:
 
 
 BOTH, THREE = ("smd", "naive"), ("smd", "tis", "naive")
-SWEEPS = dict(
+GRIDS = dict(
     budget=grid(budget=("100%", "75%", "50%", "35%", "25%"), method=BOTH),
     eviction=grid(eviction=smd.POLICIES, method=BOTH),
     lam=grid(budget=("50%", "35%"), lam=(0.0, 0.1, 1.0)),
     length=grid(asked=(3, 6, 9, 12), method=(*BOTH, "seq_is")),
 )
-SWEEPS_OF_MODEL = dict(
+GRIDS_OF_MODEL = dict(
     eviction=grid(eviction=smd.POLICIES),
     lam=grid(lam=(0.0, 0.1, 0.3)),
-    # an answer of three codes has 14 tokens; beside the whole prompt, 4 keys of them are kept
+    # the third grid evicts only the response: an answer of three codes has 14 tokens, of which 4 keys stay
     answer=grid(asked=(1,), eviction=("snapkv", "random"), budget=("25%", "12%"), method=THREE)
     + grid(asked=(3,), eviction=("snapkv",), budget=("25%", "12%"), method=THREE)
     + grid(asked=(3,), protect=("prompt",), eviction=("random",), budget=(4,), window=(2,), method=THREE),
 )
-# the learning rates are those that the search of `experiments.compare` chose
 DEFAULTS = dict(method="smd", eviction="snapkv", budget="50%", lam=0.1, asked=6, lr=2e-4)
 DEFAULTS_OF_MODEL = dict(method="smd", eviction="snapkv", budget="25%", lam=0.1, asked=1, lr=4e-5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", choices=list(SWEEPS | SWEEPS_OF_MODEL))
-    options(parser, seeds=3)
+    parser.add_argument("sweep", choices=list(GRIDS | GRIDS_OF_MODEL))
+    add_flags(parser, seeds=3)
     given = parser.parse_args()
-    sweeps, default = (SWEEPS_OF_MODEL, DEFAULTS_OF_MODEL) if given.model else (SWEEPS, DEFAULTS)
-    if given.sweep not in sweeps:
-        parser.error(f"there is no sweep {given.sweep} {'with' if given.model else 'without'} a --model")
-    points = sweeps[given.sweep]
-    default = default | dict(steps=steps_of(given)) | ({"model": given.model} if given.model else {})
+    grids, default = (GRIDS_OF_MODEL, DEFAULTS_OF_MODEL) if given.model else (GRIDS, DEFAULTS)
+    require(given.sweep in grids, f"with this --model, sweep must be one of {', '.join(grids)}, got {given.sweep}")
+    points = grids[given.sweep]
+    default = dict(model=given.model) | default
     jobs = [default | point | dict(seed=seed) for seed in range(given.seeds) for point in points]
-    with tqdm(total=len(jobs), desc=given.sweep) as bar:
-        done = run_all(Path("out/sweep/runs"), jobs, given.jobs, bar)
-    groups = {}
-    for n, point in enumerate(points):
-        label = ", ".join(f"{name} {value}" for name, value in point.items())
-        groups[label] = [figures(*run) for run in done[n :: len(points)]]
-    print(table(groups, Path("out/sweep") / f"{named(given.sweep, given.model or 'toy')}.md"))
+    rows = run_all(Path("out/sweep/runs"), jobs, given.jobs, Path("out/sweep") / f"{given.sweep}.csv")
+    by = list(dict.fromkeys(name for point in points for name in point))
+    print(markdown(rows, by, SHOWN))
 
 
 if __name__ == "__main__":

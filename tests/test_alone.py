@@ -1,4 +1,4 @@
-"""The method's three files, alone in an empty folder, train a model and pass their proof."""
+"""The three files of the method, alone in an empty folder, train a model and pass their proof."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ METHOD = "kernel.py", "tiny_model.py", "smd.py"
 
 
 def python(folder, *arguments: str) -> str:
-    """What Python prints, in this folder with the method's files and their proof, and without the project's path."""
+    """What Python prints in a folder that has the method's files and their proof, without the project's path."""
     for name in (*METHOD, "test_smd.py"):
         shutil.copy(ROOT / name, folder)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
@@ -24,6 +24,17 @@ def python(folder, *arguments: str) -> str:
     return run.stdout
 
 
+IMPORT = """
+import os, torch
+def state():
+    cpu = torch.backends.mkldnn
+    flags = [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), cpu.enabled, cpu.allow_tf32]
+    flags += [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()]
+    return flags + [cpu.matmul.fp32_precision, torch.get_rng_state().tolist(), dict(os.environ)]
+before = state()
+import kernel, tiny_model, smd
+assert state() == before, "an import changed the environment or the state of torch"
+"""
 TRAIN = """
 import torch
 from smd import Config, Eviction, train_step
@@ -36,43 +47,29 @@ config = Config(eviction=Eviction("snapkv", 8), max_new=8)
 share_of_sevens = lambda rollout: (rollout.response_BR == 7).float().mean(dim=1)
 rewards = [train_step(model, optimizer, prompts, padding, share_of_sevens, config)["reward"] for _ in range(10)]
 """
+PRINT = """
+import importlib.util
+print(rewards[0], rewards[-1], importlib.util.find_spec("harness"))
+"""
 
 
-def test_ten_lines_train_a_model(tmp_path):
-    assert len(TRAIN.split("\n")) - 2 == 10
-    check = "import importlib.util\nprint(rewards[0], rewards[-1], importlib.util.find_spec('harness'))"
-    first, last, harness = python(tmp_path, "-c", TRAIN + check).split()
+def test_the_imports_change_nothing_and_ten_lines_train_a_model(tmp_path):
+    assert len(TRAIN.strip().splitlines()) == 10
+    first, last, harness = python(tmp_path, "-c", IMPORT + TRAIN + PRINT).split()
     assert harness == "None", "the test reaches the project"
     assert float(first) < 0.1 and float(last) > 0.2
 
 
 def test_the_proof_runs_beside_the_three_files(tmp_path):
-    """A small selection; all of it runs where this file runs."""
-    chosen = "equals_the_loop or snapkv-grouped-heads or which_gradient or finite_differences or by_hand"
+    """A small selection: what is tested is that the proof needs no other file."""
+    chosen = "which_gradient or finite_differences or by_hand"
     said = python(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_smd.py", "-k", chosen)
-    assert int(said.splitlines()[-1].split()[0]) >= 20
-
-
-IMPORTS = """
-import os, torch
-def state():
-    cpu = torch.backends.mkldnn
-    flags = [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), cpu.enabled, cpu.allow_tf32]
-    flags += [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()]
-    return flags + [cpu.matmul.fp32_precision, torch.get_rng_state().tolist(), dict(os.environ)]
-before = state()
-import kernel, tiny_model, smd
-assert state() == before
-"""
-
-
-def test_an_import_changes_no_environment_and_no_state_of_torch(tmp_path):
-    python(tmp_path, "-c", IMPORTS)
+    assert int(said.splitlines()[-1].split()[0]) >= 13
 
 
 @pytest.mark.parametrize("name", [*METHOD, "test_smd.py"])
 def test_the_method_imports_torch_and_numpy_alone(name):
-    """Apart from the last lines of smd.py, which start a run."""
+    """Except for the last lines of smd.py, which start a run."""
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
     parts = [node for node in tree.body if not (name == "smd.py" and isinstance(node, ast.If))]
     nodes = [node for part in parts for node in ast.walk(part)]

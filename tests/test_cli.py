@@ -342,25 +342,10 @@ def test_a_signal_ends_a_command_with_one_line(number):
 
 def test_smd_py_on_a_terminal_without_greek_letters(tmp_path, monkeypatch, capsys):
     """The table (π) ended in UnicodeEncodeError. What a run says at its end did not work when pasted."""
-    smallest = [
-        "--steps",
-        "1",
-        "--prompts",
-        "2",
-        "--samples",
-        "2",
-        "--budget",
-        "18",
-        "--warmup-steps",
-        "0",
-        "--eval-prompts",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    sizes = "--steps 1 --prompts 2 --samples 2 --budget 18 --warmup-steps 0 --eval-prompts 2 --device cpu"
     # a locale without UTF-8, and a variable that a scheduler sets
     env = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    words = [sys.executable, smd.__file__, *smallest, "--out", "my run"]
+    words = [sys.executable, smd.__file__, *sizes.split(), "--out", "my run"]
     run = subprocess.run(words, env=os.environ | env, cwd=tmp_path, capture_output=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert rb"log \u03c0_shadow" in run.stdout and (tmp_path / "my run" / "curves.png").exists()
@@ -369,16 +354,6 @@ def test_smd_py_on_a_terminal_without_greek_letters(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Settings, "width", 128)  # as in the process
     assert train.main(pasted[2:]) == 0
     assert capsys.readouterr().out.startswith("sparse cache: ")
-
-
-@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
-def test_an_experiment_that_is_started_as_a_file_says_how_it_is_started(script):
-    source = (ROOT / "experiments" / f"{script}.py").read_text(encoding="utf-8")
-    if "__main__" not in source:
-        pytest.skip("it is no command")
-    run = subprocess.run([sys.executable, f"{ROOT}/experiments/{script}.py"], capture_output=True, timeout=120)
-    assert run.returncode == 1
-    assert run.stderr.decode() == f"run it from the project's folder: python -m experiments.{script}\n"
 
 
 def test_a_short_prompt_is_answered_with_the_least_budget_of_the_policy():

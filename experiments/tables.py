@@ -1,0 +1,123 @@
+"""Print the tables and draw the figures of the CSV files in experiments/results, from these files alone.
+
+    python -m experiments.tables
+
+A comment before each table names it. Where a page has such a comment, a test compares its table with the file's. A
+figure has the name of its file, in assets/: pays.csv, saves.csv, and each file with accuracies over the steps.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from experiments.common import SHOWN, command, group, markdown, mean_and_interval, numbers, read_csv
+from harness.agent import CACHES
+from harness.cli import require
+from harness.report import colour
+from harness.settings import Settings
+
+RESULTS = Path(__file__).parent / "results"
+ASSETS = Path(__file__).parents[1] / "assets"
+SETTINGS = ["cache", "tokens", *(field.name for field in dataclasses.fields(Settings) if field.name != "seed")]
+FIGURES = [*SHOWN, "bytes", "tokens_per_second"]
+
+
+def over_steps(rows: list[dict]) -> list[str]:
+    """The columns with the held-out accuracy over the steps."""
+    return [name for name in rows[0] if "_at_" in name]
+
+
+def tables() -> dict[str, str]:
+    """Name -> Markdown. The settings that differ between the rows of a file make the groups."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows = read_csv(path)
+        varied = [name for name in rows[0] if name in SETTINGS and len(group(rows, [name])) > 1]
+        found[path.stem] = markdown(rows, varied, FIGURES)
+        if over_steps(rows):
+            found[f"{path.stem} over the steps"] = markdown(rows, varied, over_steps(rows))
+    return found
+
+
+def draw_curves(rows: list[dict], picture: Path) -> None:
+    """Held-out accuracy over the steps with either cache; thin: each seed, thick: the mean."""
+    plt.rcParams["font.size"] = 12  # readable where a page shows the 8 inches in 600 pixels
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
+    for axis, cache in zip(axes, CACHES, strict=True):
+        names = [name for name in over_steps(rows) if name.startswith(cache)]
+        steps = [int(name.rpartition("_")[2]) for name in names]
+        for (method,), members in group(rows, ["method"]).items():
+            curves = [[float(row[name]) for name in names] for row in members]
+            for curve in curves:
+                axis.plot(steps, curve, color=colour(method), linewidth=0.8, alpha=0.5)
+            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axis.plot(steps, mean, color=colour(method), linewidth=2.5, label=method)
+        axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 102), xticks=steps)
+    axes[0].set_ylabel("held-out accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(picture, dpi=150)
+    print(picture)
+
+
+def lead(rows: list[dict], cache: str) -> list[float]:
+    """Points by which smd is ahead of the other method with the highest mean, for each seed that both have."""
+    accuracy = {}
+    for (method,), members in group(rows, ["method"]).items():
+        accuracy[method] = {row["seed"]: float(row[cache]) for row in members}
+        one_rate = len(accuracy[method]) == len(members)
+        require(one_rate, f"method {method} has several rows of a seed; keep the rows of one learning rate")
+    ours = accuracy.pop("smd")
+    best = max(accuracy.values(), key=lambda of_seed: statistics.mean(of_seed.values()))
+    return [ours[seed] - best[seed] for seed in ours if seed in best]
+
+
+def pays(rows: list[dict], picture: Path) -> None:
+    """When does smd pay? Its lead against the overlap of sparse and dense policy before training, for each budget."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
+    for axis, cache in zip(axes, CACHES, strict=True):
+        axis.axhline(0, color="grey", linewidth=0.8)
+        for (budget,), members in group(rows, ["budget"]).items():
+            overlap = statistics.mean(numbers([row for row in members if row["method"] == "smd"], "overlap_p05"))
+            mean, half = mean_and_interval(lead(members, cache))
+            axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=colour("smd"))
+            axis.annotate(budget, (overlap, mean), (6, 4), textcoords="offset points")
+        axis.set(title=f"{cache} cache", xlabel="overlap p05 before training; labels: keys kept", xmargin=0.2)
+    axes[0].set_ylabel("lead of smd over the best other method, points")
+    figure.savefig(picture, dpi=150)
+    print(picture)
+
+
+def saves(rows: list[dict], picture: Path) -> None:
+    """What does compression save? The peak of the stored cache over the length of the response."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = sorted(rows, key=lambda row: int(row["tokens"]))
+    for (cache, budget), members in group(rows, ["cache", "budget"]).items():
+        tokens, label = numbers(members, "tokens"), f"{cache}, {budget} keys" if budget else cache
+        (line,) = axis.plot(tokens, numbers(members, "bytes"), "o-", markersize=4, label=label)
+        axis.plot(tokens, numbers(members, "formula_bytes"), ":", color=line.get_color())
+    axis.set_xscale("log", base=2)
+    ticks = sorted(set(numbers(rows, "tokens")))
+    axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axis.set(yscale="log", xlabel="tokens of each response", ylabel="bytes of the cache (dotted: formula)")
+    axis.legend(loc="upper left", frameon=False)
+    figure.savefig(picture, dpi=150)
+    print(picture)
+
+
+def main() -> None:
+    for name, table in tables().items():
+        print(f"<!-- table: {name} -->\n{table}\n")
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows, picture = read_csv(path), ASSETS / f"{path.stem}.png"
+        if path.stem == "pays":
+            pays(rows, picture)
+        elif path.stem == "saves":
+            saves(rows, picture)
+        elif over_steps(rows):
+            draw_curves(rows, picture)
+
+
+if __name__ == "__main__":
+    command(main)
