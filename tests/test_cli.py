@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 import smd
 from harness import base, cli, report, tasks, train
@@ -160,7 +161,8 @@ def test_every_flag_changes_the_result(tmp_path, monkeypatch):
         assert outcome(tmp_path / name) != outcome(tmp_path / "unchanged"), f"{cli.flag(name)} {value} changes nothing"
 
 
-def test_defaults_depend_on_task_model_and_device():
+def test_defaults_depend_on_task_model_and_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     toy = dict(task="chain", asked=6, budget=22, pool=1, sinks=1, window=4, prompts=32, max_new=7, warmup_steps=400)
     text = dict(task="text", pool=5, prompts=8, max_new=128, reward="exact")
     facts = dict(task="facts", budget="25%", window=8, sinks=4)
