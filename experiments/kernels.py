@@ -3,8 +3,9 @@
     python -m experiments.kernels
 
 The kernels are timed beside SDPA's flash (causal, without evictions: the hardware's limit), SDPA with a boolean mask,
-and FlexAttention with the same mask, after a check that they are right. TFLOP/s count visible pairs only. MiB is the
-peak of forward and backward, with what is prepared once for a mask. The letters are those of kernel.py.
+and FlexAttention with the same mask, once in position order and once with our sorted keys and tile lists, after a check
+that they are right. TFLOP/s count visible pairs only. MiB is the peak of forward and backward, with what is prepared
+once for a mask. The letters are those of kernel.py.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask
 from tqdm import tqdm
 
 import kernel
@@ -82,6 +84,30 @@ def tile_ratios() -> list[dict]:
     return rows
 
 
+def flex_on_sorted_keys(q: Tensor, k: Tensor, v: Tensor, layer: kernel.LayerMask, q_start: int, attention: Callable):
+    """FlexAttention on the sorted keys and tile lists of the kernels. It tells the kernels from the sorting."""
+    tiles, per_group = kernel.tiles_for(q, layer, q_start), q.shape[1] // k.shape[1]
+    M, N = tiles.blocks[:2]
+    U, K = tiles.first_query_UK.shape
+    I, J = -(-q.shape[2] // M), K // N
+    row_BH = tiles.row_BG.repeat_interleave(per_group, dim=1)
+    index, bounds_3X = tiles.by_block.index, tiles.by_block.bounds.T
+
+    def padded(begin_X: Tensor, end_X: Tensor) -> tuple[Tensor, Tensor]:  # how many tiles each block visits, and which
+        at_XJ = (begin_X[:, None] + torch.arange(J, device=q.device)).clamp(max=len(index) - 1)
+        return (end_X - begin_X).int().view(U, I)[row_BH], index[at_XJ].view(U, I, J)[row_BH]
+
+    def visible(b, h, i, n):
+        row = row_BH[b, h]
+        return (tiles.first_query_UK[row, n] <= i + q_start) & (i + q_start < tiles.evicted_at_UK[row, n])
+
+    lists = *padded(*bounds_3X[1:]), *padded(*bounds_3X[:2])  # the partly visible, then the fully visible
+    block_mask = BlockMask.from_kv_blocks(*lists, (M, N), mask_mod=visible, seq_lengths=(q.shape[2], K))
+    order_BGK1 = tiles.order_UK[tiles.row_BG][..., None]
+    k, v = (x.take_along_dim(order_BGK1, dim=2) for x in (k, v))
+    return lambda: attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
 def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int) -> dict[str, Callable]:
     """Name -> a function that prepares what depends on the mask alone, and returns the attention to be timed."""
     from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
@@ -115,7 +141,10 @@ def contenders(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, q_start: int
         block_mask = block_mask_of(visible, 1, H, Tq, T, device=q.device)
         return lambda: attention(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    return dict(ours=ours, flash=lambda: flash, mask=mask, flex=flex)
+    def flex_sorted():
+        return flex_on_sorted_keys(q, k, v, ShadowMask(evicted_at[None])[0], q_start, attention)
+
+    return dict(ours=ours, flash=lambda: flash, mask=mask, flex=flex, flex_sorted=flex_sorted)
 
 
 def measure(prepare: Callable, qkv: list[Tensor], pairs: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -163,6 +164,19 @@ def test_the_area_of_the_tiles_follows_the_visible_pairs(T):
     # controls: in the order of position, and of the exact time of eviction, it does not hold
     assert kernels.tile_ratio(evicted_at, 0, T, blocks, epoch=None) > 3
     assert kernels.tile_ratio(evicted_at, 0, T, blocks, epoch=1) > 2
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_on_our_sorted_keys_equals_the_definition():
+    """An independent attention. Uncompiled, it reads the mask and not the lists, which other tests check."""
+    qkv, evicted_at = kernel_case()
+    q, k, v = (x.detach() for x in qkv)  # on a CPU, FlexAttention has no backward pass
+    layer = ShadowMask(evicted_at[None])[0]
+    want = shadow_attention(q[:, :, 40:], k, v, layer, 40, backend="torch")
+    compare("out", kernels.flex_on_sorted_keys(q[:, :, 40:], k, v, layer, 40, flex_attention)(), want, 1e-5)
+    late = kernels.flex_on_sorted_keys(q[:, :, 40:], k, v, layer, 41, flex_attention)()
+    assert (late - want).abs().max() > 1e-3, "control: every query one position later"
 
 
 @needs_triton
