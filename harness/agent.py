@@ -43,14 +43,10 @@ def greedy(model) -> SimpleNamespace:
 class Agent:
     """Task, encoding, model and eviction of the settings."""
 
-    def __init__(self, settings, plain: bool = False):
-        """Load model and task and check them against the settings, before anything is written; UsageError.
-
-        plain: sample and replay by the definition in smd.py, not by the optimised version in harness/shared.py.
-        """
+    def __init__(self, settings):
+        """Load model and task, and check them against the settings; UsageError."""
         self.s = s = settings
-        versions = (smd.sample, smd.replay) if plain else (shared.sample, shared.replay)
-        self.runtime = smd.Runtime(*versions, s.backend, parallel.all_sum)
+        self.runtime = smd.Runtime(shared.sample, shared.replay, s.backend, parallel.all_sum)
         limits = s.interval, s.window, s.sinks, s.pool, s.protect
         self.eviction = smd.Eviction(s.eviction, parse_budget(s.budget), *limits)
         if s.model is None:

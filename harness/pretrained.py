@@ -1,7 +1,7 @@
 """Pretrained language models, computed by the transformers package: opened, checked, and saved in its own layout.
 
 Their layers pass q, k and v to the method's `attend`. A model that would be computed wrongly never runs: arguments of
-its attention that `attend` ignores are refused by name, and its logits must equal those of the package's own attention.
+its attention that `attend` ignores are refused by name, and its log-probs must equal those of the package's attention.
 No code of a model's folder runs and no pickle is read.
 """
 
@@ -18,16 +18,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+import smd
 from harness.cli import UsageError, in_short, require
 from harness.report import heartbeat, note
 from harness.text import Chat
-from kernel import shadow_attention
-from tiny_model import TinyModel, never_evicted, rope_positions
+from tiny_model import TinyModel, rope_positions
 
 CACHE = Path("out/cache")
 READ = ".json", ".jinja", ".safetensors"  # the files of a folder that are read
 IGNORED = "position_ids", "cache_position", "use_cache", "output_attentions"  # these do not change what attention does
-LARGEST_ERROR = 1e-3  # of a logit, in float32
+LARGEST_ERROR = 1e-3  # of a log-prob, in float32
 
 
 def library():
@@ -154,13 +154,14 @@ class Pretrained(nn.Module):
     def __init__(self, whole: nn.Module):
         super().__init__()
         self.whole = whole
-        vocab, width = self.embed_tokens.weight.shape
-        config = whole.config
-        context = config.max_position_embeddings
-        rope = getattr(config, "rope_parameters", None) or {}
+        c, (vocab, width) = whole.config, self.embed_tokens.weight.shape
+        heads, kv_heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        context, rope = c.max_position_embeddings, getattr(c, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # it changes all frequencies in a text beyond this length
             context = rope["original_max_position_embeddings"]
-        self.config = SimpleNamespace(vocab=vocab, width=width, layers=config.num_hidden_layers, context=context)
+        sizes = dict(vocab=vocab, width=width, layers=c.num_hidden_layers, context=context)
+        self.config = SimpleNamespace(**sizes, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
     @property
     def embed_tokens(self) -> nn.Module:
@@ -177,31 +178,23 @@ class Pretrained(nn.Module):
         return head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1])).logits.view(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
-    def check(self, pad_B: Tensor, T: int) -> None:
-        """UsageError unless the logits of T tokens equal those of the package's own attention.
+    def check(self, pad_N: Tensor, P: int, R: int = 8) -> None:
+        """UsageError unless the sampler's log-probs of random tokens equal those of the package's own attention.
 
-        The tokens are passed in two parts, as in sampling, to find a model that keeps a state besides the KV cache.
+        After a prompt of P tokens, the sampler decodes R tokens one by one. This finds a model whose layers mix tokens
+        outside of attention.
         """
-        tokens_BT = torch.randint(self.config.vocab, (len(pad_B), T), generator=torch.Generator().manual_seed(T))
-        position_BT = rope_positions(pad_B, T)
-        real_BT = torch.arange(T) >= pad_B[:, None]
-        options = dict(attention_mask=real_BT.long(), position_ids=position_BT, use_cache=False)
+        tokens_NT = torch.randint(self.config.vocab, (len(pad_N), P + R), generator=torch.Generator().manual_seed(P))
+        real_NT = (torch.arange(P + R) >= pad_N[:, None]).long()
+        options = dict(attention_mask=real_NT, position_ids=rope_positions(pad_N, P + R), use_cache=False)
         self.whole.set_attn_implementation("eager")
-        want_BTV = self.whole(tokens_BT, **options).logits
+        logp_NRV = self.whole(tokens_NT, **options).logits[:, P - 1 : -1].log_softmax(dim=-1)
+        want_NR = logp_NRV.gather(-1, tokens_NT[:, P:, None])[..., 0]
         self.whole.set_attn_implementation("shadow")
-        evicted_at_BGT, keys, hidden = never_evicted(pad_B, T), {}, []
-
-        def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.config.heads, self.config.kv_heads, self.config.head_dim = q.shape[1], *k.shape[1::2]
-            keys[l] = [torch.cat(pair, dim=2) for pair in zip(keys[l], (k, v), strict=True)] if l in keys else [k, v]
-            end = keys[l][0].shape[2]
-            return shadow_attention(q, *keys[l], evicted_at_BGT[..., :end].repeat(1, k.shape[1], 1), end - q.shape[2])
-
-        for part in slice(0, T // 2), slice(T // 2, T):
-            hidden.append(self.extend(self.embed_tokens(tokens_BT[:, part]), position_BT[:, part], attend))
-        require(list(keys) == list(range(self.config.layers)), "not all of its layers are attention")
-        error = (self.logits(torch.cat(hidden, dim=1)) - want_BTV)[real_BT].abs().max()
-        require(error <= LARGEST_ERROR, f"its logits, as they are computed here, are off by {error:.1e}")
+        rollout = smd.sample(self, tokens_NT[:, :P], pad_N, 1, R, -1, forced_BR=tokens_NT[:, P:])
+        require(len(rollout.evicted_at_LBGT) == self.config.layers, "not all of its layers are attention")
+        error = (rollout.logp_BR - want_NR).abs().max()
+        require(error <= LARGEST_ERROR, f"its log-probs, as they are computed here, are off by {error:.1e}")
 
     def leave(self, chat: Chat, out: Path) -> None:
         """Write the model in the package's layout, with the tokens that end a response."""
@@ -227,6 +220,6 @@ def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
         for kind, wrong in found.items():
             require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(wrong)[:3]))}")
         ours = Pretrained(whole)
-        ours.check(torch.tensor([0, 5]), 16)
-        ours.check(torch.tensor([0]), min(300, ours.config.context))
+        ours.check(torch.tensor([0, 5]), 8)
+        ours.check(torch.tensor([0]), min(300, ours.config.context) - 8)
         return ours, Chat(tokenizer, template, whole.generation_config.eos_token_id)

@@ -103,14 +103,6 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
     return rewards
 
 
-def check_reward(reward: Callable, example: Example) -> None:
-    """UsageError unless reward(prompt, response, answer) returns a number for a right response."""
-    try:
-        score(reward, [example], [example.answer])
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"the reward must be a function reward(prompt, response, answer) -> float: {e}") from e
-
-
 class Chain(Task):
     """Follow a cycle whose edges are listed in random order: "afbc…?c" asks for the letters that come after c.
 

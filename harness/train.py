@@ -160,19 +160,19 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     return row | diagnosis | report.of_counts(counts) | watch.seconds
 
 
-def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None, plain: bool = False) -> dict:
+def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None) -> dict:
     """Warm up, evaluate, train, evaluate. Writes its files into settings.out; returns the content of summary.json.
 
     reward(prompt, response, answer) -> float: a verifier, a reward model or an AI judge; None: the task's own reward.
-    It is called once before training, to find errors early. plain: use the plain cache and replay of smd.py, for
-    comparison. UsageError for settings that cannot be used, FloatingPointError where a number is not finite.
+    UsageError for settings that cannot be used, FloatingPointError where a number is not finite.
     """
     s = checked(settings)
     parallel.begin(s.device)
     run = runs.Run(s)
-    agent = parallel.raise_on_all_ranks(Agent, s, plain)
-    reward = reward or agent.task.reward
-    parallel.raise_on_all_ranks(tasks.check_reward, reward, agent.task.held_out(1)[0])
+    agent = parallel.raise_on_all_ranks(Agent, s)
+    reward, example = reward or agent.task.reward, agent.task.held_out(1)[0]
+    # an error of the reward should come before the warm-up
+    parallel.raise_on_all_ranks(tasks.score, reward, [example], [example.answer])
     policy = Policy(agent.model, s.objective, s.kl_ref)
     optimizer = policy.optimizer(s.lr)
     with run:
@@ -191,7 +191,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
         parallel.on_rank0(agent.leave, run.out)
-        return run.finish(after, agent.task.held_out(1)[0].prompt)
+        return run.finish(after, example.prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import smd
-from harness import checkpoint, cli, device, pretrained, report, runs, tasks, text, train
+from harness import cli, device, pretrained, report, runs, tasks, text, train
 from harness.agent import Agent
 from harness.settings import Settings
 from harness.streams import numpy_stream

@@ -244,10 +244,9 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch):
         p.data.copy_(before)
     with torch.no_grad():
         agent.model.embed_tokens.weight.mul_(1e12)
-        agent.model.norm.weight.mul_(1e30)  # finite weights of which nothing finite comes
-    agent.check_finite()
+        agent.model.norm.weight.mul_(1e30)  # finite weights whose logits are not finite
     with pytest.raises(FloatingPointError, match="the policy's logits"):
-        agent.evaluate()
+        agent.check_finite()
 
 
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
