@@ -25,11 +25,6 @@ CONTEXT = 2048  # most tokens of a prompt and its response for the tiny model
 ANSWER = 32  # a chat's answer to --prompt may have at least this many tokens
 
 
-def swiglu_width(width: int) -> int:
-    """8/3 of the model's width, rounded up to a multiple of 32: as many weights as an MLP of 4 times the width."""
-    return 32 * math.ceil(width * 8 / 96)
-
-
 def greedy(model) -> SimpleNamespace:
     """The model, but its most probable token has all of the probability."""
 
@@ -51,8 +46,9 @@ class Agent:
         self.eviction = smd.Eviction(s.eviction, parse_budget(s.budget), *limits)
         if s.model is None:
             self.form, self.context = Form(), CONTEXT
-            vocab = self.form.encoding.n_vocab
-            self.model = TinyModel(ModelConfig(vocab, s.width, ffn=swiglu_width(s.width)), seed=SEED)
+            # 8/3 of the width, rounded up to a multiple of 32: as many weights as an MLP of 4 times the width
+            ffn = 32 * math.ceil(s.width * 8 / 96)
+            self.model = TinyModel(ModelConfig(self.form.encoding.n_vocab, s.width, ffn=ffn), seed=SEED)
         else:
             self.model, self.form = pretrained.open_model(s.model, s.template)
             self.context = self.model.config.context

@@ -57,6 +57,8 @@ def naming(model: str) -> Iterator[None]:
 
 def files_of(folder: Path) -> list[Path]:
     """The files of a model that are read; UsageError where some are missing."""
+    fetch = f"hf download {folder} --local-dir FOLDER"
+    require(os.path.exists(folder), f"there is no such folder, and nothing is downloaded here; to fetch it: {fetch}")
     files = sorted(file for file in folder.rglob("*") if file.suffix in READ)
     names = {str(file.relative_to(folder)) for file in files}
     index = folder / "model.safetensors.index.json"
@@ -64,8 +66,7 @@ def files_of(folder: Path) -> list[Path]:
     if index in files and not weights <= names:
         weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     missing = sorted({"config.json", "tokenizer.json", *weights} - names)
-    fetch = f"nothing is downloaded here; to fetch a model: hf download {folder} --local-dir FOLDER"
-    require(not missing, f"want a folder in Hugging Face's layout, and it holds no {', '.join(missing)}; {fetch}")
+    require(not missing, f"want a folder in Hugging Face's layout, and it holds no {', '.join(missing)}")
     return files
 
 

@@ -13,8 +13,6 @@ from harness.cli import UsageError, require
 from harness.number import last_number
 from harness.streams import EVALUATION, PROMPTS, numpy_stream
 
-LARGEST_REWARD = float(np.finfo(np.float32).max)
-
 
 class Example(NamedTuple):
     prompt: str
@@ -97,10 +95,18 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
         except Exception as e:
             e.add_note(f"raised by the reward {getattr(reward, '__qualname__', reward)}")
             raise
-        if not abs(value) <= LARGEST_REWARD:
+        if not abs(value) <= np.finfo(np.float32).max:
             raise FloatingPointError(f"a reward is {value}; it must be a finite number, at most 3.4e38 in size")
         rewards.append(value)
     return rewards
+
+
+def check_reward(reward: Callable, example: Example) -> None:
+    """UsageError unless reward(prompt, response, answer) returns a number for a right response."""
+    try:
+        score(reward, [example], [example.answer])
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"the reward must be a function reward(prompt, response, answer) -> float: {e}") from e
 
 
 class Chain(Task):

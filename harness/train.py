@@ -29,9 +29,7 @@ def checked(s: Settings) -> Settings:
     """Settings with the defaults of task, model and machine filled in; UsageError for settings that cannot be used."""
     s = completed(s, CHOICES)
     weighted_dpo = s.objective == "dpo" and smd.METHODS[s.method].weight is not None
-    require(
-        not weighted_dpo, f"--objective dpo takes --method dense, naive or smd, without token weights, got {s.method}"
-    )
+    require(not weighted_dpo, f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}")
     return s
 
 
@@ -60,26 +58,18 @@ def diagnose(model, rollout: smd.Rollout, runtime: smd.Runtime) -> dict[str, flo
     found = shadow_X - sampled_X, log_ratio_X, log_ratio_B, kl_X, overlap_X
     of_ranks = zip(*parallel.of_each([x.cpu() for x in found]), strict=True)
     error_X, log_ratio_X, log_ratio_B, kl_X, overlap_X = map(torch.cat, of_ranks)
-    return dict(
-        replay_error=error_X.abs().max().item(),
-        dense_error=log_ratio_X.abs().max().item(),
-        kl_sparse_dense=kl_X.mean().item(),
-        overlap_p05=overlap_X.quantile(0.05).item(),
-        ess_token=effective_sample_size(log_ratio_X),
-        max_weight_token=largest_weight(log_ratio_X),
-        ess_sequence=effective_sample_size(log_ratio_B),
-        max_weight_sequence=largest_weight(log_ratio_B),
-    )
+    row = dict(replay_error=error_X.abs().max().item(), dense_error=log_ratio_X.abs().max().item())
+    row |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
+    for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
+        row[f"ess_{name}"] = effective_sample_size(log_weight_n)
+        row[f"max_weight_{name}"] = log_weight_n.max().clamp(max=700).exp().item()  # e^710 exceeds float64
+    return row
 
 
 def effective_sample_size(log_weight_n: Tensor) -> float:
     """(Σw)² / Σw² as a share of n."""
     weight_n = (log_weight_n - log_weight_n.max()).exp()
     return (weight_n.sum().square() / weight_n.square().sum() / len(weight_n)).item()
-
-
-def largest_weight(log_weight_n: Tensor) -> float:
-    return log_weight_n.max().clamp(max=700).exp().item()  # e^710 exceeds float64
 
 
 def split(batch: smd.Batch, parts: int) -> Iterator[smd.Batch]:
@@ -164,15 +154,15 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
     """Warm up, evaluate, train, evaluate. Writes its files into settings.out; returns the content of summary.json.
 
     reward(prompt, response, answer) -> float: a verifier, a reward model or an AI judge; None: the task's own reward.
-    UsageError for settings that cannot be used, FloatingPointError where a number is not finite.
+    It is called once before training, to find errors early. UsageError for settings that cannot be used,
+    FloatingPointError where a number is not finite.
     """
     s = checked(settings)
     parallel.begin(s.device)
     run = runs.Run(s)
     agent = parallel.raise_on_all_ranks(Agent, s)
     reward, example = reward or agent.task.reward, agent.task.held_out(1)[0]
-    # an error of the reward should come before the warm-up
-    parallel.raise_on_all_ranks(tasks.score, reward, [example], [example.answer])
+    parallel.raise_on_all_ranks(tasks.check_reward, reward, example)
     policy = Policy(agent.model, s.objective, s.kl_ref)
     optimizer = policy.optimizer(s.lr)
     with run:

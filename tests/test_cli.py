@@ -54,7 +54,7 @@ PATHS = "--out", "--data", "--model"
 
 def bad_inputs(tmp: Path) -> list:
     data = [
-        ("", "is empty"),
+        ("", "want at least 2 examples"),
         ('{"prompt": "a"', "line 2: not JSON"),
         ('["prompt"]', "line 2: want an object"),
         ('{"prompt": "what is it?"}', "line 2: want an object"),

@@ -186,25 +186,19 @@ def test_the_penalty_to_the_reference_counts_with_its_weight():
     assert math.isclose(penalty.item(), 0.5 * (math.exp(-0.3) - 1 + 0.3), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "f, arguments",
-    [
-        (objectives.gae, [(2,), (2, 3), (2, 3), None]),
-        (objectives.value_loss, [(2, 3), (2, 3), (2, 3), (2, 3), None, None]),
-        (objectives.dpo_loss, [(6,), (6,), (2, 3), None, None]),
-        (objectives.k3, [(2, 3), (2, 3), (2, 3), None]),
-    ],
-)
-def test_tensors_of_different_shapes_are_refused(f, arguments):
-    given = [1.0 if shape is None else torch.ones(shape) for shape in arguments]
-    if f is not objectives.dpo_loss:
-        mask = 2 if f is not objectives.value_loss else 3
-        given[mask] = given[mask].bool()
-    assert f(*given) is not None
-    for n, x in enumerate(given):
-        if isinstance(x, torch.Tensor):
+def test_tensors_of_different_shapes_are_refused():
+    """Would catch a loss that is computed from broadcast tensors."""
+    x, mask, row = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(6)
+    for f, tensors, numbers in (
+        (objectives.gae, (torch.ones(2), x, mask), (1.0,)),
+        (objectives.value_loss, (x, x, x, mask), (1.0, 1.0)),
+        (objectives.dpo_loss, (row, row, x), (1.0, 1.0)),
+        (objectives.k3, (x, x, mask), (1.0,)),
+    ):
+        f(*tensors, *numbers)
+        for n, tensor in enumerate(tensors):
             with pytest.raises(ValueError, match="shapes differ"):
-                f(*given[:n], x[:1], *given[n + 1 :])
+                f(*tensors[:n], tensor[:1], *tensors[n + 1 :], *numbers)
 
 
 @pytest.mark.parametrize("parts, prompts", [(1, [[0, 1, 2, 3]]), (2, [[0, 2], [1, 3]]), (3, [[0, 3], [1], [2]])])

@@ -309,11 +309,11 @@ def test_a_missing_model_or_package_is_one_line_with_the_remedy(tmp_path, capsys
     for file in ("other.gguf", "text"):
         write(tmp_path / file, "a text")
     for model, said in (
-        ("Qwen/Qwen2.5-0.5B", "to fetch a model: hf download Qwen/Qwen2.5-0.5B --local-dir FOLDER"),
+        ("Qwen/Qwen2.5-0.5B", "to fetch it: hf download Qwen/Qwen2.5-0.5B --local-dir FOLDER"),
         ("other.gguf", "want a folder in Hugging Face's layout"),
         ("text", "want a folder in Hugging Face's layout"),
         ("a\0b", "--model must be text without NUL"),
-        ("x" * 300, "File name too long"),
+        ("x" * 300, "there is no such folder"),
     ):
         assert said in refused(model, capsys)
     for package, said in (
