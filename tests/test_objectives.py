@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 from functools import partial
@@ -22,7 +21,6 @@ from harness.settings import Settings
 from smd import Eviction
 from test_smd import World, distance, gradient
 from tests.common import EOS, POLICIES, compare, peak_of_trace, ragged_prompts, ragged_rollout, small_model, tiny
-from tiny_model import TinyModel
 
 RUNTIME = shared.RUNTIME
 OBJECTIVES = train.CHOICES["objective"]
@@ -84,20 +82,6 @@ def test_ppo_with_both_lambdas_1_is_reinforce(world, monkeypatch):
         weighted = batch.extra["return_BR"] * world.p[:, None] * world.responses.numel()
         got = gradient(loss_of(policy, replaced(batch, advantage_BR=weighted), config), world.model)
         assert (distance(got, want) < 1e-12) == same
-
-
-def test_the_critic_sees_what_the_sampler_saw(world, monkeypatch):
-    hidden, logits = [], TinyModel.logits
-    with monkeypatch.context() as patch:
-        patch.setattr(TinyModel, "logits", lambda m, x: hidden.append(x) or logits(m, x))
-        world.score()
-    policy = Policy(world.model, "ppo")
-    torch.nn.init.normal_(policy.critic.weight)
-    seen = policy.critic(torch.stack(hidden, dim=1))[..., 0]
-    for method, same in (("smd", True), ("naive", False)):
-        config = config_of(policy, method, max_new=3)
-        batch = smd.prepare(world.model, world.rollout, world.reward, config, RUNTIME)
-        assert torch.allclose(batch.extra["value_BR"], seen, atol=1e-10) == same
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,19 +245,6 @@ def test_the_learning_rate_rises_and_the_optimizer_is_adamw(tmp_path, monkeypatc
     train.train(tiny(tmp_path, lr=0.01, steps=6, warmup_steps=0, eval_prompts=1, eval_every=0))
     assert [group["lr"] for group in seen] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
     assert all(group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0.0 for group in seen)
-
-
-def test_the_log_has_the_mean_rewards(tmp_path):
-    given = []
-
-    def reward(prompt, response, answer):
-        given.append(len(given) % 7 / 3)
-        return given[-1]
-
-    train.train(tiny(tmp_path, steps=2, warmup_steps=0), reward=reward)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(given) == 1 + 2 * 16
-    assert [row["reward"] for row in rows] == pytest.approx([statistics.mean(given[1:17]), statistics.mean(given[17:])])
 
 
 @pytest.mark.parametrize("method", list(smd.METHODS))

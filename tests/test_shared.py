@@ -280,14 +280,6 @@ def test_the_stored_bytes_by_hand(policy):
     assert rollout.stored_bytes == L * stored
 
 
-def test_the_samples_of_a_prompt_share_its_keys():
-    got, want = (
-        ragged_rollout(small_model(), samples=16, budget=20, max_new=4, sample=sample).stored_bytes
-        for sample in (shared.sample, smd.sample)
-    )
-    assert got < want / 2
-
-
 def test_a_prompt_key_is_deleted_when_all_samples_have_evicted_it():
     """By hand: a prompt of 4 keys, two samples; one evicts columns 1 and 2, the other 2 and its own token."""
     k, column = torch.arange(4.0).view(1, 1, 4, 1), torch.arange(4).view(1, 1, 4)

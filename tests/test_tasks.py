@@ -47,17 +47,6 @@ def test_the_counter_based_generator_is_splitmix64_and_uniform():
         assert abs(torch.corrcoef(torch.stack([x.flatten() for x in pairs]))[0, 1]) < 5 / 300
 
 
-def test_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
-    found = [Agent(train.checked(tiny(tmp_path, prompts=n, samples=n, eval_prompts=70))) for n in (2, 5)]
-    texts = []
-    for agent in found:
-        respond, said = agent.respond, []
-        agent.respond = lambda *args, respond=respond, said=said: said.append(respond(*args)) or said[-1]
-        agent.evaluate(("sparse",))
-        texts.append([text for _, some in said for text in some])
-    assert len(texts[0]) == 70 and texts[0] == texts[1]
-
-
 def test_a_file_of_text_trains_end_to_end(tmp_path):
     """Both formats, through --data; the second with a reward of its own."""
     ours = [json.dumps({"prompt": f"what comes after {n} is ", "answer": str(n + 1)}) for n in range(20)]
@@ -277,16 +266,6 @@ def test_the_answers_of_both_caches_are_printed(solver):
     ):
         with pytest.raises(cli.UsageError, match=message):
             agent.answer(wrong)
-
-
-def test_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
-    calls, sample = [], shared.sample
-    monkeypatch.setattr(shared, "sample", lambda *args: calls.append((args[3], args[6] is not None)) or sample(*args))
-    for method, evicts in (("dense", False), ("naive", True), ("smd", True)):
-        calls.clear()
-        train.train(tiny(tmp_path, method, method=method, steps=1, eval_every=0, eval_prompts=2, warmup_steps=0))
-        # before: sparse, dense; the step; after: sparse, dense
-        assert calls == [(1, True), (1, False), (4, evicts), (1, True), (1, False)]
 
 
 def test_a_seed_gives_the_same_prompts_on_any_machine():
