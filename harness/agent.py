@@ -111,7 +111,7 @@ class Agent:
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.s.model is None else PRETRAINED_BATCH
         batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
-        # each process takes whole batches, so that the batches are those of a single process
+        # each process takes whole batches, so that any number of processes computes the same batches
         batches = batches[parallel.share(len(batches))]
 
         def answers(cache: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 The warm-up begins with the task's lessons, each until a right answer has probability LEARNED, and ends with the task
 itself. Each layer and head hides a random share DROP of the prompt's keys from the answer, so that heads learn not to
-rely on a single copy of what they need.
+rely on a single copy of a fact.
 
 B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
 
@@ -122,14 +122,14 @@ def warm_up(agent) -> int:
 
 
 def base_path(s: Settings) -> Path:
-    """The file of a run's base policy, named by what it depends on; in assets/ where the project has it there."""
+    """The file of a run's base policy, named by the settings and files that it depends on; in assets/ if shipped."""
     key = [VERSION, runs.fingerprint(s), *(getattr(s, name) for name in DETERMINE)]
     name = f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     return SHIPPED / name if (SHIPPED / name).exists() else CACHE / name
 
 
 def load_base(agent) -> None:
-    """Load the weights that RL starts from into an agent's model; the first process makes them where there are none."""
+    """Load the weights that RL starts from into an agent's model; if there are none, the first process makes them."""
     if agent.s.model is not None and agent.s.warmup_steps == 0:
         ends = " or ".join(map(agent.form.tokenizer.decode, agent.form.ends))
         parallel.say(f"base policy: {agent.s.model}; a response ends with {ends}")

@@ -1,7 +1,7 @@
 """PPO, online DPO and a KL to the base policy: objectives with the two methods of `smd.GRPO`.
 
-`prepare` computes once what `loss` needs of a rollout; `loss` is a sum over the given part of a batch, divided by the
-totals of the whole batch. B sequences of R response columns, N prompts with S samples each, X response tokens.
+`prepare` computes the inputs of `loss` once per rollout. `loss` is a sum over a part of a batch, divided by the totals
+of the whole batch. B sequences of R response columns, N prompts with S samples each, X response tokens.
 """
 
 import copy

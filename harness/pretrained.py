@@ -1,7 +1,7 @@
 """Pretrained language models, computed by the transformers package: opened, checked, and saved in its own layout.
 
-Their layers pass q, k and v to the method's `attend`. A model that would be computed wrongly never runs: arguments of
-its attention that `attend` ignores are refused by name, and its log-probs must equal those of the package's attention.
+Their layers pass q, k and v to the method's `attend`. A model that would be computed wrongly never runs: arguments that
+`attend` ignores are refused by name, and the sampler's log-probs must equal the log-probs of the package's attention.
 No code of a model's folder runs and no pickle is read.
 """
 
@@ -27,7 +27,7 @@ from tiny_model import TinyModel, rope_positions
 
 CACHE = Path("out/cache")
 READ = ".json", ".jinja", ".safetensors"  # the files of a folder that are read
-IGNORED = "position_ids", "cache_position", "use_cache", "output_attentions"  # these do not change what attention does
+IGNORED = "position_ids", "cache_position", "use_cache", "output_attentions"  # these do not change attention
 LARGEST_ERROR = 1e-3  # of a log-prob, in float32
 
 
@@ -126,7 +126,7 @@ def attention(
     module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, _, dropout=0.0, *,
     attend: Callable, scaling: float | None = None, is_causal: bool | None = True, **more,
 ):  # fmt: skip
-    """The method's `attend` in place of the package's attention; UsageError for what `attend` does not compute."""
+    """The method's `attend` in place of the package's attention; UsageError for arguments that it ignores."""
     more |= dict(dropout=dropout or None, is_causal=False if is_causal is False else None)
     unknown = [name for name, value in more.items() if value is not None and name not in IGNORED]
     require(not unknown, f"its attention asks for {', '.join(unknown)}, which is not computed here")

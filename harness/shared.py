@@ -104,7 +104,7 @@ class SharedLayer:
 
 
 def chunks(rows: int, elements: int, device: torch.device) -> list[slice]:
-    """Slices of so many rows, of so many elements each, with at most ELEMENTS_PER_CHUNK elements or one row."""
+    """Slices of rows with at most ELEMENTS_PER_CHUNK elements, or one row; a row has this many elements."""
     step = max(1, ELEMENTS_PER_CHUNK.get(device.type, 2**25) // max(1, elements))
     return [slice(first, first + step) for first in range(0, rows, step)]
 

@@ -22,7 +22,7 @@ class Example(NamedTuple):
 
 
 class Task:
-    """What a run needs of a task; TASKS[name](settings) makes one. A subclass defines `example` and what differs."""
+    """The interface of a task, made by TASKS[name](settings). A subclass defines `example` and overrides defaults."""
 
     examples: list[Example]  # the examples whose lengths are checked: all, or one if all have the same lengths
     lessons: Sequence[int] = ()  # easier versions of the task, with which the warm-up begins; numbers above 0

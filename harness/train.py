@@ -3,7 +3,7 @@
     train(Settings(steps=50))                                     the chain task
     train(Settings(data="file.jsonl"), reward=my_reward)          a reward of your own
 
-`train` returns what summary.json holds.
+`train` returns the content of summary.json.
 """
 
 import math
@@ -114,7 +114,7 @@ def update(
         optimizer.step()
         optimizer.zero_grad()  # free the gradients before the next rollout, when memory peaks
         rows.append(row)
-    # loss, entropy and replay error are those of the first update; the other two are means
+    # loss, entropy and replay error of the first update, means of the other two
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
 
 

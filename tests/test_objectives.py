@@ -151,7 +151,7 @@ def test_every_replay_of_a_step_uses_the_chosen_backend(objective):
 
 
 @pytest.mark.parametrize("method", ["smd", "naive"])
-def test_the_reference_sees_what_the_learner_sees(method):
+def test_the_reference_policy_has_the_learners_mask(method):
     policy, batch, config = prepared(method=method, kl_ref=0.1)
     with torch.no_grad():
         for p in policy.reference.parameters():
@@ -232,7 +232,7 @@ def test_an_update_follows_the_gradient_no_further_than_1(monkeypatch):
         norm = slope.norm().item()
         assert (norm > 1) == clipped and math.isclose(row["grad_norm"], norm, rel_tol=1e-6)
         compare("change", change, -0.1 * slope / max(1.0, norm), 1e-6)
-    # of several updates: loss, entropy and replay error of the first, means of the norm and of what was clipped
+    # several updates: loss, entropy and replay error of the first, means of the norm and of the clipped share
     one, two = updated(monkeypatch, lr=3.0)[3], updated(monkeypatch, lr=3.0, epochs=2)[3]
     assert all(one[name] == two[name] for name in ("loss", "entropy", "replay_error")) and one["clip_fraction"] == 0
     assert two["clip_fraction"] > 0 and two["grad_norm"] != one["grad_norm"]
@@ -349,7 +349,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once(method, monkeypatch):
 
 
 def test_no_chunk_is_much_smaller_than_another(monkeypatch):
-    """Would catch a last chunk of one row, whose logits a library may sum in another order than the sampler's."""
+    """Would catch a last chunk of one row, with logits that a library may sum in another order than the sampler's."""
     sizes = []
     monkeypatch.setitem(smd.LOGITS_PER_CHUNK, "cpu", 20 * 50)  # two chunks of this size would leave one row
     smd.chunked(lambda row_x: sizes.append(len(row_x)) or (row_x,), 20, torch.arange(101.0))

@@ -134,7 +134,7 @@ def test_one_file_is_the_same_model_as_shards(tmp_path):
     assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
 
 
-def test_samples_losses_and_gradients_are_those_of_the_tiny_model_with_these_weights(tmp_path):
+def test_samples_losses_and_gradients_equal_the_tiny_models_with_the_same_weights(tmp_path):
     """Would catch positions that count padding, keys of another layer, and a head that is not the model's."""
     theirs, _ = pretrained.open_model(model_folder(tmp_path / "model"), None)
     ours = TinyModel(ModelConfig(263, 32, 2, 4, 2, 48, norm_eps=1e-6))
@@ -271,7 +271,7 @@ def test_a_model_whose_attention_is_not_computed_here_is_refused(name, tmp_path,
 
 
 @pytest.mark.parametrize("asked", [dict(position_bias=torch.ones(1)), dict(dropout=0.1), dict(is_causal=False)])
-def test_attention_refuses_what_it_does_not_know(asked):
+def test_attention_refuses_unknown_arguments(asked):
     """Would catch an argument that the package adds, and that is ignored."""
     q = torch.ones(1, 2, 3, 4)
     attend = lambda l, q, k, v: q  # noqa: E731
@@ -376,7 +376,7 @@ def test_a_chat_template_is_rendered_as_the_package_renders_it():
 
 
 def test_the_tokens_that_end_a_response():
-    """Would catch a base model whose chat ends with another token than its texts, and that never ends an answer."""
+    """Would catch answers that never end because the chat template and the config name different tokens."""
     special = dict(eos_token="<|im_start|>")
     for name, more, of_config, template, ends in (
         ("chat", special, None, None, (0, 1)),
@@ -489,7 +489,7 @@ def test_a_model_that_has_changed_is_not_resumed(tmp_path, capsys):
 
 
 def test_a_snapshot_in_the_hubs_cache_is_read(tmp_path):
-    """Its files are links to blobs beside it, and what these hold is fingerprinted."""
+    """Its files are links, and the fingerprint is of the files behind the links."""
     folder = tmp_path / "models--x" / "snapshots" / "1234"
     model_folder(folder)
     blobs = tmp_path / "models--x" / "blobs"
@@ -537,7 +537,7 @@ def test_the_prompts_of_a_pretrained_model(plain_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharp(tmp_path_factory):
-    """A random model whose attention is sharp enough for what is evicted to matter, opened."""
+    """A random model with attention so sharp that evictions change its output."""
     pytest.importorskip("kvpress")
     return pretrained.open_model(model_folder(tmp_path_factory.mktemp("sharp") / "model", spread=0.6), None)[0]
 
@@ -596,7 +596,7 @@ def test_a_press_that_does_more_than_evict_when_the_prompt_ends_is_refused(sharp
 
 
 def test_generation_config_does_not_change_the_distribution(sharp, monkeypatch):
-    """Would catch log-probs that are not those of the distribution that the tokens were drawn from."""
+    """Would catch log-probs of another distribution than the tokens were drawn from."""
     import kvpress
 
     from experiments import hugging_face

@@ -1,4 +1,4 @@
-"""The shared cache and replay draw and compute what the plain ones do, what they always did, and hold little memory."""
+"""The shared cache and replay equal the plain ones and earlier versions, and take little memory."""
 
 import dataclasses
 import gc
@@ -47,7 +47,7 @@ def assert_same_draws(got: smd.Rollout, want: smd.Rollout) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_both_caches_draw_what_they_always_drew(policy, monkeypatch):
+def test_both_caches_draw_the_same_as_ever(policy, monkeypatch):
     """Would catch a key that one cache keeps and the other evicts, in any head and step; or other random numbers."""
     model = small_model()
     for n, case in enumerate((dict(budget=8), LONG | dict(budget=Fraction(2, 5)), dict(budget=15, max_new=30, seed=1))):
@@ -143,7 +143,7 @@ def response_case(seed=0):
     return [x.requires_grad_() for x in (q, k, v, *of_prompts)], evicted_at
 
 
-def test_shared_keys_are_those_of_every_sequence_of_their_prompt():
+def test_all_sequences_of_a_prompt_attend_to_its_shared_keys():
     tensors, evicted_at = response_case()
     mask = ShadowMask(evicted_at[None])[0]
 
@@ -191,7 +191,7 @@ def learned(model, rollout, method, objective, runtime) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("objective", ["grpo", "ppo", "dpo"])
 @pytest.mark.parametrize("method", list(smd.METHODS))
-def test_loss_and_gradient_are_those_of_the_plain_replay(method, objective):
+def test_loss_and_gradient_equal_the_plain_replays(method, objective):
     """Would catch a gradient that is summed over the wrong samples, or that reaches only one of them."""
     rollout = ragged_rollout(small_model())
     flipped = dataclasses.replace(rollout, response_BR=rollout.response_BR.flip(0), length_B=rollout.length_B.flip(0))

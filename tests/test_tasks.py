@@ -98,7 +98,7 @@ def test_the_chain_is_followed_along_its_edges():
         assert answer == follow(prompt, 5) and len(prompt) == 34
         assert len(follow(prompt, 16)) == len(set(follow(prompt, 16))) == 16, "more than one cycle"
     assert len(set(examples)) == 200 and len({answer for _, answer, *_ in examples}) > 190
-    # the edges come in any order: how often an edge stands right behind the one that leads to it
+    # the edges are in random order: how often an edge directly follows the edge that leads to it
     behind = [prompt[i + 1] == prompt[i + 2] for prompt, *_ in examples for i in range(0, 30, 2)]
     assert abs(statistics.mean(behind) - 1 / 15) < 0.02
     assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
@@ -143,7 +143,7 @@ def facts(**changes) -> tasks.Facts:
 
 
 def test_the_facts_are_looked_up(monkeypatch):
-    """The answer is what the list says of what is asked, however many are asked for."""
+    """The answer has the listed codes of the nouns in the question."""
     for asked, count in ((1, 12), (2, 5), (3, 16)):
         monkeypatch.setattr(tasks.Facts, "FACTS", count)
         task = facts(asked=asked)
@@ -181,7 +181,7 @@ def test_the_rewards_of_facts_by_hand():
             assert task.right(response, answer) == (want == 1.0), response
 
 
-def test_what_is_held_out_is_never_trained_on(tmp_path):
+def test_held_out_examples_are_never_trained_on(tmp_path):
     for count, held in ((40, 4), (9, 1), (2, 1)):
         lines = [json.dumps(dict(prompt=f"question {n}", answer=str(n))) for n in range(count)]
         task = tasks.TextFile(Settings(data=write(tmp_path / f"{count}.jsonl", *lines), reward="exact"))
@@ -269,7 +269,7 @@ def test_the_answers_of_both_caches_are_printed(solver):
 
 
 def test_a_seed_gives_the_same_prompts_on_any_machine():
-    """Another stream would be another base policy, and other results than those that are reported."""
+    """Would catch other random streams, which would change the base policy and all reported results."""
     assert chain().held_out(1)[0].prompt == "knjcmpalpjbfhenmciobiddhfaeggolk?g"
     assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
     assert streams.hashed(0, 1, torch.tensor(2)).item() == split_mix(0, 1, 2)
@@ -308,7 +308,7 @@ def test_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkey
 
 
 def small_agent(**changes) -> SimpleNamespace:
-    """What the warm-up needs of an agent."""
+    """The parts of an agent that the warm-up reads."""
     s = SimpleNamespace(**dict(backend=None, model=None, warmup_steps=20) | changes)
     model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
     return SimpleNamespace(model=model, task=chain(asked=2), form=text.Form(), s=s)
@@ -351,7 +351,7 @@ def test_a_supervised_step(monkeypatch):
     assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "the loss is not a mean over tokens"
 
 
-def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path, monkeypatch):
+def test_the_file_of_a_base_policy_is_named_by_its_settings_and_data(tmp_path, monkeypatch):
     """Would catch a base policy that is made again for each run, or one that is used for other settings."""
 
     def path(**changes):
