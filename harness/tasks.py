@@ -95,7 +95,7 @@ def score(reward: Callable[[str, str, str], float], examples: list[Example], tex
         except Exception as e:
             e.add_note(f"raised by the reward {getattr(reward, '__qualname__', reward)}")
             raise
-        if not abs(value) <= np.finfo(np.float32).max:
+        if not abs(value) <= float(np.finfo(np.float32).max):
             raise FloatingPointError(f"a reward is {value}; it must be a finite number, at most 3.4e38 in size")
         rewards.append(value)
     return rewards
