@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,39 +15,33 @@ from harness.cli import UsageError
 from harness.report import Progress, heartbeat
 from harness.settings import parse_budget
 from harness.tasks import TASKS, Example
-from harness.text import Form, check_example, load_encoding, tokenize
+from harness.text import Form, check_example, tokenize
 from tiny_model import ModelConfig, TinyModel
 
-CACHES = "sparse", "dense"  # the sampler's, which is compressed, and one that keeps everything
+CACHES = "sparse", "dense"  # the sampler's compressed cache, and a full one
 EVALUATION_BATCH = 64  # held-out prompts at a time
 PRETRAINED_BATCH = 16  # the same for a pretrained model: a dense cache of 64 prompts would set a run's peak memory
-CONTEXT = 2048  # most tokens of a prompt and its response, which a laptop's memory still holds
-ANSWER = 32  # tokens of an answer to --prompt in a chat, at least
+CONTEXT = 2048  # most tokens of a prompt and its response for the tiny model
+ANSWER = 32  # a chat's answer to --prompt may have at least this many tokens
 
 
-def swiglu_width(width: int) -> int:
-    """8/3 of the model's width, rounded up to a multiple of 32: as many weights as an MLP of 4 times the width."""
-    return 32 * math.ceil(width * 8 / 96)
+def greedy(model) -> SimpleNamespace:
+    """The model, but its most probable token has all of the probability."""
 
-
-class Greedy:
-    """A model that gives its most probable token all of the probability."""
-
-    def __init__(self, model):
-        self.model, self.extend, self.embed_tokens = model, model.extend, model.embed_tokens
-
-    def log_probs(self, hidden_XC: Tensor) -> Tensor:
-        logp_XV = self.model.log_probs(hidden_XC)
+    def log_probs(hidden_XC: Tensor) -> Tensor:
+        logp_XV = model.log_probs(hidden_XC)
         return torch.full_like(logp_XV, -1e9).scatter(-1, logp_XV.argmax(dim=-1, keepdim=True), 0.0)
+
+    return SimpleNamespace(extend=model.extend, embed_tokens=model.embed_tokens, log_probs=log_probs)
 
 
 class Agent:
     """Task, encoding, model and eviction of the settings."""
 
     def __init__(self, settings, plain: bool = False):
-        """Load the task and check it against the settings, before anything is computed or written; UsageError.
+        """Load model and task, and check them against the settings; UsageError.
 
-        plain: sample and replay by the definition in smd.py, not by the optimised version in harness/shared.py.
+        plain: sample and replay by the definition in smd.py, in place of the optimised version in harness/shared.py.
         """
         self.s = s = settings
         versions = (smd.sample, smd.replay) if plain else (shared.sample, shared.replay)
@@ -54,10 +49,10 @@ class Agent:
         limits = s.interval, s.window, s.sinks, s.pool, s.protect
         self.eviction = smd.Eviction(s.eviction, parse_budget(s.budget), *limits)
         if s.model is None:
-            encoding = load_encoding()
-            self.model = TinyModel(ModelConfig(encoding.n_vocab, s.width, ffn=swiglu_width(s.width)), seed=SEED)
-            self.form = Form(encoding)
-            self.context = CONTEXT
+            self.form, self.context = Form(), CONTEXT
+            # 8/3 of the width, rounded up to a multiple of 32: as many weights as an MLP of 4 times the width
+            ffn = 32 * math.ceil(s.width * 8 / 96)
+            self.model = TinyModel(ModelConfig(self.form.encoding.n_vocab, s.width, ffn=ffn), seed=SEED)
         else:
             self.model, self.form = pretrained.open_model(s.model, s.template)
             self.context = self.model.config.context
@@ -76,7 +71,7 @@ class Agent:
                 layer.register_forward_hook(lambda *_: heartbeat())
 
     def draw(self, step: int) -> tuple[list[Example], Tensor]:
-        """The prompts of a training step, and the keys (N,) of what is sampled for them."""
+        """The prompts of a training step, and the keys (N,) of the random numbers for their responses."""
         examples = self.task.draw(self.s.prompts, streams.numpy_stream(self.s.seed, streams.PROMPTS, step))
         return examples, self.keys(len(examples), self.s.seed, streams.SAMPLING, step)
 
@@ -84,8 +79,7 @@ class Agent:
     def entry_bytes(self) -> int:
         """Bytes of a token's keys and values in all layers."""
         c = self.config
-        size = torch.finfo(torch.bfloat16 if self.s.dtype == "bfloat16" else torch.float32).bits // 8
-        return 2 * c.layers * c.kv_heads * c.head_dim * size
+        return 2 * c.layers * c.kv_heads * c.head_dim * (2 if self.s.dtype == "bfloat16" else 4)
 
     def keys(self, count: int, *stream: int) -> Tensor:
         return streams.hashed(*stream, torch.arange(count, device=self.s.device))
@@ -98,21 +92,22 @@ class Agent:
 
     def respond(
         self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, max_new: int | None = None,
-        greedy: bool = False,
+        model=None,
     ) -> tuple[smd.Rollout, list[str]]:  # fmt: skip
-        """So many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
-        limits = samples, max_new or self.s.max_new, self.form.ends
-        eviction = self.eviction if evict else None
+        """This many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
+        limits = samples, max_new or self.s.max_new, self.form.ends, self.eviction if evict else None
         with device.precision(self.s):
-            uniform = streams.keyed(key_N, samples)
-            model = Greedy(self.model) if greedy else self.model
-            rollout = self.runtime.sample(model, *self.tokenize(examples), *limits, eviction, uniform)
+            prompts = self.tokenize(examples)
+            rollout = self.runtime.sample(model or self.model, *prompts, *limits, streams.keyed(key_N, samples))
         return rollout, self.texts(rollout)
 
     def check_finite(self) -> None:
-        """FloatingPointError where a weight is not finite; the sampler checks the logits."""
+        """FloatingPointError where a weight is not finite, or the logits after a short prompt."""
         if not torch.stack([x.isfinite().all() for x in self.model.parameters()]).all():
             raise FloatingPointError("the updated policy is not finite")
+        prompt, uniform = self.tokenize([Example("a", "")]), streams.keyed(self.keys(1, 0), 1)
+        with device.precision(self.s):
+            smd.sample(self.model, *prompt, 1, 1, self.form.ends, uniform=uniform)
 
     def evaluate(self, caches: tuple[str, ...] = CACHES) -> dict[str, float]:
         """Accuracy on fixed held-out prompts, one sample each, with the sparse cache and with the dense one."""
@@ -120,7 +115,7 @@ class Agent:
         key_N = self.keys(len(held_out), 0, streams.EVALUATION, 1)
         size = EVALUATION_BATCH if self.s.model is None else PRETRAINED_BATCH
         batches = [slice(start, start + size) for start in range(0, len(held_out), size)]
-        # each process takes whole batches, so that the batches are those of a single process
+        # each process takes whole batches, so that any number of processes computes the same batches
         batches = batches[parallel.share(len(batches))]
 
         def answers(cache: str) -> list[str]:
@@ -139,19 +134,19 @@ class Agent:
         return found
 
     def leave(self, out: Path) -> None:
-        """Write a pretrained model, as it has become, into a run's folder."""
+        """Write the trained weights of a pretrained model into a run's folder."""
         if self.s.model is not None:
             self.model.leave(self.form, out / runs.MODEL)
 
     def answer(self, prompt: str) -> str:
         """The greedy answer with either cache, a line each; UsageError for a prompt that is empty or too long.
 
-        A prompt of the task is asked as the task asks it. Where the policy always keeps more than the budget of a short
-        prompt, that much is kept.
+        A prompt of the task's form is asked as in training. The budget of a short prompt is raised to the number of
+        keys that the policy always keeps.
         """
         begun = self.task.begun(prompt)
-        # a chat that is not of the task has longer answers
-        max_new = self.s.max_new if self.s.model is None or begun else max(ANSWER, self.s.max_new)
+        chat = self.s.model is not None and not begun
+        max_new = max(ANSWER, self.s.max_new) if chat else self.s.max_new
         example = Example(prompt, "", begun, where="--prompt: ")
         length = check_example(self.form, example, max_new, self.context)
         lines = []
@@ -164,6 +159,6 @@ class Agent:
             self.eviction = dataclasses.replace(self.eviction, budget=least)
         key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
         for cache in CACHES:
-            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new, greedy=True)
+            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new, greedy(self.model))
             lines.append(f"{cache + ' cache:':14}{response}")
         return "\n".join(lines)

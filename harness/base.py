@@ -1,10 +1,12 @@
-"""Where the policy comes from that RL starts with: supervised steps on the task, made once and kept on disk.
+"""The base policy that RL starts from: supervised steps on the task, computed once and kept on disk.
 
-First the task's lessons, each until a right answer has probability LEARNED, then the task itself. A share DROP of the
-prompt's keys is hidden from the answer in each layer and head, so that heads learn not to rely on a single copy of what
-they need. B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
+The warm-up begins with the task's lessons, each until a right answer has probability LEARNED, and ends with the task
+itself. Each layer and head hides a random share DROP of the prompt's keys from the answer, so that heads learn not to
+rely on a single copy of a fact.
 
-The base policy of the default task comes with the project, in assets/. This makes it anew, in two minutes on two cores:
+B examples, P prompt columns, R answer columns, T = P + R - 1, V vocabulary, G kv heads.
+
+The base policy of the default task is in assets/. This command makes it again, in two minutes on two cores:
 
     python -m harness.base
 """
@@ -25,23 +27,22 @@ from harness.tasks import Example
 from harness.text import Form, tokenize
 from tiny_model import TinyModel, never_evicted
 
-VERSION = 1  # to be raised with any change that leads to other weights: then all base policies are made anew
-DETERMINE = ("task", "asked", "template", "width", "warmup_steps")  # the settings that a base policy is of
+VERSION = 1  # raise it with any change that leads to other weights: then all base policies are made again
+DETERMINE = ("task", "asked", "template", "width", "warmup_steps")  # the settings on which a base policy depends
 SHIPPED = Path(__file__).resolve().parent.parent / "assets"
 CACHE = Path("out/cache")
 SEED = 0  # of the weights and of the demonstrations
 DROP = 0.3
 LEARNED = 0.5
-LEARNING_RATE = 3e-3
-RISING = 50  # steps over which the rate rises
-PRETRAINED_RATE = 1e-4  # of a pretrained model, all of it by AdamW
-PRETRAINED_RISING = 5
+# learning rate, and the steps over which it rises
+RATE, RISE = 3e-3, 50
+PRETRAINED_RATE, PRETRAINED_RISE = 1e-4, 5
 
 
 def answer_logp(
     model: TinyModel, form: Form, examples: list[Example], generator: torch.Generator, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the right answers, end of text included, zero past their ends (B, R); and how many tokens (B,).
+    """Log-probs (B, R) of the right answers with their end of text, zero after it; and their lengths (B,).
 
     Each layer and kv head loses a random share DROP of the prompt's keys when the prompt ends.
     """
@@ -65,70 +66,71 @@ def answer_logp(
     return logp_BR.masked_fill(past_end_BR, 0.0), length_B
 
 
-class WarmUp:
-    """The supervised steps of an agent's model on its task."""
+def supervised_loss(agent, lesson: int | None, step: int) -> tuple[Tensor, float]:
+    """Mean over the tokens of one batch, and the mean probability of a whole right answer."""
+    key = (SEED, WARMUP, lesson or 0, step)
+    examples = agent.task.demonstrate(agent.task.batch, numpy_stream(*key), lesson)
+    generator = torch_stream(agent.model.embed_tokens.weight.device.type, *key)
+    logp_BR, length_B = answer_logp(agent.model, agent.form, examples, generator, agent.s.backend)
+    right = logp_BR.detach().sum(dim=1).exp().mean().item()
+    return -logp_BR.sum() / length_B.sum(), right
 
-    def __init__(self, agent):
-        self.agent = agent
-        self.model = agent.model
-        self.taken = 0
-        fresh = agent.s.model is None
-        self.rate = LEARNING_RATE if fresh else PRETRAINED_RATE
-        self.rising = RISING if fresh else PRETRAINED_RISING
-        rest = dict(self.model.named_parameters())
-        # Muon for the matrices in the layers of a fresh model: they learn retrieval in half the steps that AdamW takes
-        names = [name for name, weight in rest.items() if fresh and name.startswith("layers") and weight.ndim == 2]
-        matrices = [rest.pop(name) for name in names]
-        self.optimizers = [torch.optim.AdamW(rest.values(), betas=(0.9, 0.95), weight_decay=0.0)]
-        if matrices:
-            self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
 
-    def loss(self, lesson: int | None, step: int) -> tuple[Tensor, float]:
-        """Of one batch: the mean over its tokens, and the mean probability of a whole right answer."""
-        key = (SEED, WARMUP, lesson or 0, step)
-        task = self.agent.task
-        examples = task.demonstrate(task.batch, numpy_stream(*key), lesson)
-        generator = torch_stream(self.model.embed_tokens.weight.device.type, *key)
-        logp_BR, length_B = answer_logp(self.model, self.agent.form, examples, generator, self.agent.s.backend)
-        right = logp_BR.detach().sum(dim=1).exp().mean().item()
-        return -logp_BR.sum() / length_B.sum(), right
+def optimizers_for(model: torch.nn.Module, fresh: bool) -> list[torch.optim.Optimizer]:
+    """AdamW; and Muon for the matrices in the layers of a fresh model, which then learns in half the steps."""
+    weights = dict(model.named_parameters())
+    names = [name for name, weight in weights.items() if fresh and name.startswith("layers") and weight.ndim == 2]
+    matrices = [weights.pop(name) for name in names]
+    optimizers = [torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
-    def learn(self, loss: Tensor, down: float) -> None:
-        self.model.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not norm.isfinite():
-            raise FloatingPointError(f"the warm-up's loss is {loss.item()}, the norm of its gradient {norm.item()}")
-        self.taken += 1
-        for optimizer in self.optimizers:
-            # the rate rises over the first steps, counted over all lessons
-            optimizer.param_groups[0]["lr"] = self.rate * min(1.0, self.taken / self.rising, down)
-            optimizer.step()
 
-    def lesson(self, lesson: int | None, steps: int) -> None:
-        """Take so many steps on a lesson, or fewer if it is learned before; all of them on the task itself (None)."""
+def learn(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, rate: float) -> None:
+    model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the warm-up's loss is {loss.item()}, the norm of its gradient {norm.item()}")
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+
+
+def warm_up(agent) -> int:
+    """Take the supervised steps on an agent's model. Returns how many."""
+    fresh = agent.s.model is None
+    highest, rise = (RATE, RISE) if fresh else (PRETRAINED_RATE, PRETRAINED_RISE)
+    optimizers = optimizers_for(agent.model, fresh)
+    steps, taken = agent.s.warmup_steps, 0
+    for lesson in (*agent.task.lessons, None):
         right = 0.0
         name = "warm-up, the task" if lesson is None else f"warm-up, lesson {lesson}"
         with Progress(desc=name, total=steps) as progress:
             for step in range(steps):
-                loss, now = self.loss(lesson, step)
-                right += 0.1 * (now - right)  # a running mean over examples that are new to the model
+                loss, now = supervised_loss(agent, lesson, step)
+                right += 0.1 * (now - right)  # a running mean over new examples
                 if lesson is not None and right >= LEARNED:
-                    return
-                # of the task itself, the rate falls to zero over the second half
-                self.learn(loss, down=1.0 if lesson is not None else 2 - 2 * step / steps)
+                    break
+                taken += 1
+                # the rate rises over the first steps of all lessons; on the task itself, it falls over the second half
+                fall = 2 - 2 * step / steps if lesson is None else 1.0
+                learn(agent.model, optimizers, loss, highest * min(1.0, taken / rise, fall))
                 progress.step(right=right)
+    agent.model.zero_grad()
+    return taken
 
 
 def base_path(s: Settings) -> Path:
-    """Where the base policy of a run is kept, named by what it depends on; where it comes with the project, there."""
+    """The file of a run's base policy, named by the settings and files that it depends on; in assets/ if shipped."""
     key = [VERSION, runs.fingerprint(s), *(getattr(s, name) for name in DETERMINE)]
     name = f"base-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     return SHIPPED / name if (SHIPPED / name).exists() else CACHE / name
 
 
 def load_base(agent) -> None:
-    """Give an agent's model the weights that RL starts from: kept from an earlier run, or made by the first process."""
+    """Load the weights that RL starts from into an agent's model; if there are none, the first process makes them."""
     if agent.s.model is not None and agent.s.warmup_steps == 0:
         ends = " or ".join(map(agent.form.tokenizer.decode, agent.form.ends))
         parallel.say(f"base policy: {agent.s.model}; a response ends with {ends}")
@@ -142,25 +144,19 @@ def load_base(agent) -> None:
 
 
 def make_base(agent, path: Path) -> None:
-    """Take the supervised steps, and keep what they lead to."""
+    """Take the supervised steps and write the weights to a file."""
     print(f"base policy: supervised steps first, kept in {path.parent} for later runs", flush=True)
     began = time.perf_counter()
-    warm_up = WarmUp(agent)
-    for lesson in (*agent.task.lessons, None):
-        warm_up.lesson(lesson, agent.s.warmup_steps)
-    agent.model.zero_grad()
+    taken = warm_up(agent)
     files.save(path, dict(weights=agent.model.state_dict()))
-    print(f"base policy: {warm_up.taken} steps in {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"base policy: {taken} steps in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main() -> None:
     from harness import train  # here, because train imports this file
 
     agent = train.Agent(train.checked(Settings()))
-    path = SHIPPED / base_path(agent.s).name
-    make_base(agent, path)
-    for old in set(SHIPPED.glob("base-*.pt")) - {path}:
-        old.unlink()
+    make_base(agent, SHIPPED / base_path(agent.s).name)
 
 
 if __name__ == "__main__":

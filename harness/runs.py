@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import kernel
-from harness import checkpoint, device, files, parallel, report, tasks
+from harness import device, files, parallel, pretrained, report, tasks
 from harness.cli import UsageError, flag, require
 from harness.settings import FIXED, Settings, read_config
 
@@ -34,7 +34,7 @@ def fingerprint(s: Settings) -> str | None:
     """SHA-256 of the files of --model and --data; None without them."""
     if s.model is None and s.data is None:
         return None
-    digest = hashlib.sha256((checkpoint.fingerprint(s.model) or "").encode())
+    digest = hashlib.sha256((pretrained.fingerprint(s.model) if s.model else "").encode())
     if s.data is not None:
         digest.update(tasks.read_data(s.data))
     return digest.hexdigest()

@@ -1,14 +1,13 @@
-"""A run: warm up, evaluate, train, evaluate; with its files, its log, and several processes where torchrun starts them.
+"""A run: warm up, evaluate, train, evaluate. It writes files and a log, and uses the processes that torchrun starts.
 
     train(Settings(steps=50))                                     the chain task
     train(Settings(data="file.jsonl"), reward=my_reward)          a reward of your own
 
-`train` returns what summary.json holds.
+`train` returns the content of summary.json.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,30 +25,29 @@ DIAGNOSE_EVERY = 10  # steps: a diagnosis costs one more forward pass of the lea
 
 def config_for(agent: Agent, policy: Policy) -> smd.Config:
     s = agent.s
-    limits = s.samples, s.max_new, agent.form.ends
-    return smd.Config(s.method, policy.objective, agent.eviction, *limits, s.lam)
+    return smd.Config(s.method, policy.objective, agent.eviction, s.samples, s.max_new, agent.form.ends, s.lam)
 
 
 @torch.no_grad()
 def diagnose(model, rollout: smd.Rollout, runtime: smd.Runtime) -> dict[str, float]:
     """How far π_dense is from π_sparse on the sampled prefixes, by one more forward pass."""
-    seen = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
 
     def compare(token_x: Tensor, shadow_xC: Tensor, dense_xC: Tensor) -> tuple[Tensor, ...]:
         shadow_xV, dense_xV = model.log_probs(shadow_xC), model.log_probs(dense_xC)
+        shadow_x, dense_x = (smd.gather_logp(logp_xV, token_x) for logp_xV in (shadow_xV, dense_xV))
         overlap_x = shadow_xV.minimum(dense_xV).exp().sum(dim=-1)
-        drawn = smd.gather_logp(shadow_xV, token_x), smd.gather_logp(dense_xV, token_x)
-        return *drawn, smd.kl_divergence(shadow_xV, dense_xV), overlap_x
+        return shadow_x, dense_x, smd.kl_divergence(shadow_xV, dense_xV), overlap_x
 
-    hidden = runtime.replay(model, rollout, *seen, backend=runtime.backend)
-    rows = rollout.response_BR[rollout.mask_BR], *hidden
-    shadow_X, dense_X, kl_X, overlap_X = smd.chunked(compare, model.config.vocab, *rows)
-    drawn_X = rollout.logp_BR[rollout.mask_BR]
-    log_ratio_X = dense_X.double() - drawn_X
+    masks = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
+    hidden = runtime.replay(model, rollout, *masks, backend=runtime.backend)
+    tokens_X = rollout.response_BR[rollout.mask_BR]
+    shadow_X, dense_X, kl_X, overlap_X = smd.chunked(compare, model.config.vocab, tokens_X, *hidden)
+    sampled_X = rollout.logp_BR[rollout.mask_BR]
+    log_ratio_X = dense_X.double() - sampled_X
     log_ratio_B = smd.unpack(log_ratio_X, rollout.mask_BR).sum(dim=1)
-    found = [shadow_X - drawn_X, log_ratio_X, log_ratio_B, kl_X, overlap_X]
-    parts = parallel.gather([x.cpu() for x in found])
-    error_X, log_ratio_X, log_ratio_B, kl_X, overlap_X = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = shadow_X - sampled_X, log_ratio_X, log_ratio_B, kl_X, overlap_X
+    of_ranks = zip(*parallel.gather([x.cpu() for x in found]), strict=True)
+    error_X, log_ratio_X, log_ratio_B, kl_X, overlap_X = map(torch.cat, of_ranks)
     row = dict(replay_error=error_X.abs().max().item(), dense_error=log_ratio_X.abs().max().item())
     row |= dict(kl_sparse_dense=kl_X.mean().item(), overlap_p05=overlap_X.quantile(0.05).item())
     for name, log_weight_n in (("token", log_ratio_X), ("sequence", log_ratio_B)):
@@ -64,59 +62,49 @@ def effective_sample_size(log_weight_n: Tensor) -> float:
     return (weight_n.sum().square() / weight_n.square().sum() / len(weight_n)).item()
 
 
-def split(batch: smd.Batch, parts: int) -> list[smd.Batch]:
+def split(batch: smd.Batch, parts: int) -> Iterator[smd.Batch]:
     """Parts of a batch: prompt n and its samples go to part n % parts."""
-    N = len(batch.rollout.pad_N)
-
-    def part(first: int) -> smd.Batch:
-        def of(x_B: Tensor) -> Tensor:
-            return x_B.unflatten(0, (N, -1))[first::parts].flatten(0, 1)
-
-        r = batch.rollout
-        prompts = dict(prompt_NP=r.prompt_NP[first::parts], pad_N=r.pad_N[first::parts])
-        samples = dict(response_BR=of(r.response_BR), logp_BR=of(r.logp_BR), length_B=of(r.length_B))
-        mask_LBGT = of(r.evicted_at_LBGT.transpose(0, 1)).transpose(0, 1)
-        rollout = replace(r, **prompts, **samples, evicted_at_LBGT=mask_LBGT)
-        rest = of(batch.reward_B), of(batch.old_logp_BR), of(batch.weight_BR)
-        return smd.Batch(rollout, *rest, {name: of(x_B) for name, x_B in batch.extra.items()})
-
-    return [part(first) for first in range(parts)] if parts > 1 else [batch]
-
-
-def gradient(model, batch: smd.Batch, s: Settings, config: smd.Config, runtime: smd.Runtime) -> dict[str, Tensor]:
-    """Accumulate this process's gradient in s.accumulate parts. Returns figures for the log, over all processes."""
-    totals = batch.totals(runtime)
-    rows = []
-    for part in split(batch, s.accumulate):
-        with device.precision(s):
-            loss, row = smd.learner_loss(model, part, totals, config, runtime)
-        loss.backward()
-        rows.append(row)
-    largest = [row.pop("replay_error") for row in rows if "replay_error" in row]
-    row = {name: sum(part[name] for part in rows) for name in rows[0]}
-    runtime.all_sum(list(row.values()))
-    return row | ({"replay_error": max(largest)} if largest else {})
+    r = batch.rollout
+    row_NS = torch.arange(len(r.response_BR), device=r.pad_N.device).view(len(r.pad_N), -1)
+    for first in range(parts):
+        n, b = slice(first, None, parts), row_NS[first::parts].flatten()
+        samples = r.response_BR[b], r.logp_BR[b], r.length_B[b], r.evicted_at_LBGT[:, b]
+        rollout = smd.Rollout(r.prompt_NP[n], r.pad_N[n], *samples, r.stored_bytes)
+        extra = {name: x_B[b] for name, x_B in batch.extra.items()}
+        yield smd.Batch(rollout, batch.reward_B[b], batch.old_logp_BR[b], batch.weight_BR[b], extra)
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: smd.Batch, s: Settings, config: smd.Config,
     runtime: smd.Runtime,
 ) -> dict[str, float]:  # fmt: skip
-    """s.epochs gradient steps; FloatingPointError where a loss or a gradient is not finite."""
+    """s.epochs gradient steps on a batch, each accumulated over s.accumulate parts; figures of all processes.
+
+    FloatingPointError where a loss or a gradient is not finite.
+    """
+    totals = batch.totals(runtime)
     rows = []
     for _ in range(s.epochs):
-        row = gradient(policy.model, batch, s, config, runtime)
+        figures = []
+        for part in split(batch, s.accumulate):
+            with device.precision(s):
+                loss, row = smd.learner_loss(policy.model, part, totals, config, runtime)
+            loss.backward()
+            figures.append(row)
+        errors = [row.pop("replay_error") for row in figures if "replay_error" in row]
+        row = {name: sum(part[name] for part in figures) for name in figures[0]}
         trained = [p for p in policy.parameters() if p.grad is not None]
-        runtime.all_sum([p.grad for p in trained])
+        runtime.all_sum([*row.values(), *(p.grad for p in trained)])
+        if errors:
+            row["replay_error"] = max(errors)  # of this process
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, smd.MAX_GRAD_NORM)
         row = {name: x.item() for name, x in row.items()}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise FloatingPointError(f"the loss is {row['loss']}, the norm of its gradient {row['grad_norm']}")
         optimizer.step()
         optimizer.zero_grad()  # free the gradients before the next rollout, when memory peaks
-        torch.clear_autocast_cache()  # it holds bfloat16 copies of the old weights
         rows.append(row)
-    # loss, entropy and replay error are those of the first update; the other two are means
+    # loss, entropy and replay error of the first update, means of the other two
     return rows[0] | {name: sum(row[name] for row in rows) / len(rows) for name in ("clip_fraction", "grad_norm")}
 
 
@@ -125,15 +113,16 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     s, config, runtime = agent.s, config_for(agent, policy), agent.runtime
     watch = device.Stopwatch(s.device)
     examples, key_N = agent.draw(step)
-    prompt_NP, pad_N = agent.tokenize(examples)  # those of all processes, so that all pad alike
+    prompt_NP, pad_N = agent.tokenize(examples)  # of all processes, so that all pad alike
     mine = parallel.share(len(examples))
+    examples = examples[mine]
     eviction = config.eviction if smd.METHODS[s.method].evicts else None
     limits = config.samples, config.max_new, config.eos, eviction, streams.keyed(key_N[mine], s.samples)
     optimizer.param_groups[0]["lr"] = s.lr * min(1.0, step / LR_WARMUP)
     with device.precision(s):
         rollout = parallel.raise_on_all_ranks(runtime.sample, policy.model, prompt_NP[mine], pad_N[mine], *limits)
         texts = agent.texts(rollout)
-        rewards = parallel.raise_on_all_ranks(tasks.score, reward, examples[mine], texts)
+        rewards = parallel.raise_on_all_ranks(tasks.score, reward, examples, texts)
         watch.lap("sample")
         diagnosis = diagnose(policy.model, rollout, runtime) if (step - 1) % DIAGNOSE_EVERY == 0 else {}
         watch.lap("diag")
@@ -142,27 +131,27 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
     learned = update(policy, optimizer, batch, s, config, runtime)
     agent.check_finite()
     watch.lap("learn")
-    found = sum(rewards) / len(rewards), tasks.accuracy(agent.task, texts, examples[mine]), learned.get("replay_error")
-    rewards, accuracies, errors = zip(*parallel.gather(found), strict=True)
-    mean = dict(reward=sum(rewards) / len(rewards), accuracy=sum(accuracies) / len(accuracies))
-    error = dict(replay_error=None if errors[0] is None else max(errors))
-    cache = report.cache_figures(rollout, agent.entry_bytes)
-    return dict(step=step) | mean | learned | error | diagnosis | cache | watch.seconds
+    mean_reward = sum(rewards) / len(rewards)
+    of_rank = mean_reward, tasks.accuracy(agent.task, texts, examples), learned.get("replay_error")
+    rewards, accuracies, errors = zip(*parallel.gather(of_rank), strict=True)
+    row = dict(step=step, reward=sum(rewards) / len(rewards), accuracy=sum(accuracies) / len(accuracies)) | learned
+    row["replay_error"] = None if errors[0] is None else max(errors)
+    return row | diagnosis | report.cache_figures(rollout, agent.entry_bytes) | watch.seconds
 
 
 def train(settings: Settings, reward: Callable[[str, str, str], float] | None = None, plain: bool = False) -> dict:
-    """Warm up, evaluate, train, evaluate. Leaves its files in settings.out; returns what summary.json holds.
+    """Warm up, evaluate, train, evaluate. Writes its files into settings.out; returns the content of summary.json.
 
-    reward(prompt, response, answer) -> float may be a verifier, a reward model, an AI judge; None: the task's own. It
-    is called once before anything else. plain: use the plain cache and replay of smd.py, for comparison. UsageError for
-    what cannot be used, FloatingPointError where something is not finite.
+    reward(prompt, response, answer) -> float: a verifier, a reward model or an AI judge; None: the task's own reward.
+    It is called once before training, to find errors early. plain: use the plain cache and replay of smd.py, to compare
+    them. UsageError for settings that cannot be used, FloatingPointError where a number is not finite.
     """
     s = checked(settings)
     parallel.begin(s.device)
     run = runs.Run(s)
     agent = parallel.raise_on_all_ranks(Agent, s, plain)
-    reward = reward or agent.task.reward
-    parallel.raise_on_all_ranks(tasks.check_reward, reward, agent.task.held_out(1)[0])
+    reward, example = reward or agent.task.reward, agent.task.held_out(1)[0]
+    parallel.raise_on_all_ranks(tasks.check_reward, reward, example)
     policy = Policy(agent.model, s.objective, s.kl_ref)
     optimizer = policy.optimizer(s.lr)
     with run:
@@ -180,7 +169,7 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
         parallel.on_rank0(agent.leave, run.out)
-        return parallel.on_rank0(run.finish, after, agent.task.held_out(1)[0].prompt)
+        return parallel.on_rank0(run.finish, after, example.prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def test_the_output_of_a_run(tmp_path, capsys, monkeypatch):
 def bad_inputs(tmp: Path) -> list[tuple[list[str], str]]:
     """Arguments, and a part of the message that they must lead to."""
     data = [
-        ("", "is empty"),
+        ("", "want at least 2 examples"),
         ('{"prompt": "a"', "line 2: not JSON"),
         ('["prompt"]', "line 2: want an object"),
         ('{"prompt": "what is it?"}', "line 2: want an object"),

@@ -1,9 +1,8 @@
-"""PPO, DPO and the reference by hand, by loops and by finite differences; updates, parts and the optimizer of a run."""
+"""PPO, DPO and the reference by hand, by loops and by finite differences; updates, accumulation and the optimizer."""
 
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 from functools import partial
@@ -22,13 +21,12 @@ from harness.settings import Settings
 from smd import Eviction
 from test_smd import World, distance, gradient
 from tests.common import EOS, POLICIES, compare, peak_of_trace, ragged_prompts, ragged_rollout, small_model, tiny
-from tiny_model import TinyModel
 
 RUNTIME = shared.RUNTIME
 OBJECTIVES = settings.OBJECTIVES
-PAIRS = [
-    pair for pair in itertools.product(smd.METHODS, OBJECTIVES) if pair[1] != "dpo" or not smd.METHODS[pair[0]].weight
-]
+# each method with GRPO, and each objective with both masks that a learner may have
+PAIRS = [(method, "grpo") for method in smd.METHODS]
+PAIRS += itertools.product(("smd", "naive"), sorted(set(OBJECTIVES) - {"grpo"}))
 
 
 def config_of(policy: Policy, method="smd", lam=0.1, max_new=14) -> smd.Config:
@@ -86,58 +84,19 @@ def test_ppo_with_both_lambdas_1_is_reinforce(world, monkeypatch):
         assert (distance(got, want) < 1e-12) == same
 
 
-def test_gae_by_hand():
-    # two tokens, then one; γ = 1, λ = 1/2: δ = V' - V = 0.25, then r - V = 1 - 0.5; A = 0.25 + 0.5 · 0.5, 0.5
-    reward, value = torch.tensor([1.0, 2.0]), torch.tensor([[0.25, 0.5], [0.5, 9.0]])
-    got = objectives.gae(reward, value, torch.tensor([[True, True], [True, False]]), 0.5)
-    assert torch.equal(got, torch.tensor([[0.5, 0.5], [1.5, 0.0]]))
-
-
-def test_the_value_loss_is_clipped_by_hand():
-    value, old, want = torch.tensor([[1.0, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2)
-    # V = 1 is right, but 0.2 is as far as it may have moved: ½ (0.2 - 1)²; V = 0.1 has moved less: ½ (0.1 - 1)²
-    got = objectives.value_loss(value, old, want, torch.ones(1, 2, dtype=torch.bool), 0.2, 2)
-    assert torch.isclose(got, torch.tensor((0.5 * 0.64 + 0.5 * 0.81) / 2))
-
-
-def test_the_critic_sees_what_the_sampler_saw(world, monkeypatch):
-    hidden, logits = [], TinyModel.logits
-    with monkeypatch.context() as patch:
-        patch.setattr(TinyModel, "logits", lambda m, x: hidden.append(x) or logits(m, x))
-        world.score()
-    policy = Policy(world.model, "ppo")
-    torch.nn.init.normal_(policy.critic.weight)
-    seen = policy.critic(torch.stack(hidden, dim=1))[..., 0]
-    for method, same in (("smd", True), ("naive", False)):
-        config = config_of(policy, method, max_new=3)
-        batch = smd.prepare(world.model, world.rollout, world.reward, config, RUNTIME)
-        assert torch.allclose(batch.extra["value_BR"], seen, atol=1e-10) == same
-
-
-@pytest.mark.parametrize("size", [1e-30, 0.7, 55.55, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_advantages_are_normalised_to_0(size, dtype):
+def test_equal_advantages_are_normalised_to_0(dtype):
     """Would catch a standard deviation of rounding errors that makes the next rounding error large."""
     mask_BR = torch.ones(3, 5, dtype=torch.bool)
     mask_BR[1, 2:] = False
-    x_BR = torch.full((3, 5), size, dtype=dtype)
-    assert (objectives.standardised(x_BR, mask_BR, RUNTIME) == 0).all()
-    x_BR[0, 0] *= 1 + 2e-7  # a rounding of float32 apart
-    assert (objectives.standardised(x_BR, mask_BR, RUNTIME) == 0).all()
-    x_BR[0, 0] *= 1.01
-    got = objectives.standardised(x_BR, mask_BR, RUNTIME, eps=0.0)[mask_BR].double()
-    assert abs(got.mean()) < 1e-4 and abs(got.square().mean() - 1) < 1e-4, "control: different ones are standardised"
-
-
-def test_equal_rewards_give_ppo_no_gradient():
-    """The critic is zero, so that all advantages are the reward; λ of GAE is 1, or they would fall towards the end."""
-    policy, batch, config = prepared("ppo", lam=0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "GAE_LAMBDA", 1.0)
-        equal = torch.full((12,), 10.1)
-        batch = smd.prepare(policy.model, batch.rollout, equal, config, RUNTIME)
-        patch.setattr(objectives, "VALUE_COEF", 0.0)
-        assert (gradient(loss_of(policy, batch, config), policy.model) == 0).all()
+    for size in (1e-30, 0.7, 55.55, 1e30):
+        x_BR = torch.full((3, 5), size, dtype=dtype)
+        assert (objectives.standardised(x_BR, mask_BR, RUNTIME) == 0).all()
+        x_BR[0, 0] *= 1 + 2e-7  # differs by one rounding of float32
+        assert (objectives.standardised(x_BR, mask_BR, RUNTIME) == 0).all()
+        x_BR[0, 0] *= 1.01
+        got = objectives.standardised(x_BR, mask_BR, RUNTIME, eps=0.0)[mask_BR].double()
+        assert abs(got.mean()) < 1e-4 and abs(got.square().mean() - 1) < 1e-4, "control: others are standardised"
 
 
 def test_dpo_against_finite_differences_and_without_pairs(world):
@@ -175,8 +134,8 @@ def test_dpo_compares_the_best_with_the_worst_sample_of_each_prompt_by_hand():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_replay_of_a_step_takes_the_backend_that_is_asked_for(objective):
-    """Would catch values of the critic, or log-probs of the reference, that are computed by another attention."""
+def test_every_replay_of_a_step_uses_the_chosen_backend(objective):
+    """Would catch values of the critic, or log-probs of the reference, computed by another backend."""
     taken = []
 
     def replay(*args, backend=None):
@@ -192,7 +151,7 @@ def test_every_replay_of_a_step_takes_the_backend_that_is_asked_for(objective):
 
 
 @pytest.mark.parametrize("method", ["smd", "naive"])
-def test_the_reference_sees_what_the_learner_sees(method):
+def test_the_reference_policy_has_the_learners_mask(method):
     policy, batch, config = prepared(method=method, kl_ref=0.1)
     with torch.no_grad():
         for p in policy.reference.parameters():
@@ -211,25 +170,19 @@ def test_the_penalty_to_the_reference_counts_with_its_weight():
     assert math.isclose(penalty.item(), 0.5 * (math.exp(-0.3) - 1 + 0.3), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "f, arguments",
-    [
-        (objectives.gae, [(2,), (2, 3), (2, 3), None]),
-        (objectives.value_loss, [(2, 3), (2, 3), (2, 3), (2, 3), None, None]),
-        (objectives.dpo_loss, [(6,), (6,), (2, 3), None, None]),
-        (objectives.k3, [(2, 3), (2, 3), (2, 3), None]),
-    ],
-)
-def test_tensors_that_would_be_broadcast_are_refused(f, arguments):
-    given = [1.0 if shape is None else torch.ones(shape) for shape in arguments]
-    if f is not objectives.dpo_loss:
-        mask = 2 if f is not objectives.value_loss else 3
-        given[mask] = given[mask].bool()
-    assert f(*given) is not None
-    for n, x in enumerate(given):
-        if isinstance(x, torch.Tensor):
+def test_tensors_of_different_shapes_are_refused():
+    """Would catch a loss that is computed from broadcast tensors."""
+    x, mask, row = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(6)
+    for f, tensors, numbers in (
+        (objectives.gae, (torch.ones(2), x, mask), (1.0,)),
+        (objectives.value_loss, (x, x, x, mask), (1.0, 1.0)),
+        (objectives.dpo_loss, (row, row, x), (1.0, 1.0)),
+        (objectives.k3, (x, x, mask), (1.0,)),
+    ):
+        f(*tensors, *numbers)
+        for n, tensor in enumerate(tensors):
             with pytest.raises(ValueError, match="shapes differ"):
-                f(*given[:n], x[:1], *given[n + 1 :])
+                f(*tensors[:n], tensor[:1], *tensors[n + 1 :], *numbers)
 
 
 @pytest.mark.parametrize("parts, prompts", [(1, [[0, 1, 2, 3]]), (2, [[0, 2], [1, 3]]), (3, [[0, 3], [1], [2]])])
@@ -279,7 +232,7 @@ def test_an_update_follows_the_gradient_no_further_than_1(monkeypatch):
         norm = slope.norm().item()
         assert (norm > 1) == clipped and math.isclose(row["grad_norm"], norm, rel_tol=1e-6)
         compare("change", change, -0.1 * slope / max(1.0, norm), 1e-6)
-    # of several updates: loss, entropy and replay error of the first, means of the norm and of what was clipped
+    # several updates: loss, entropy and replay error of the first, means of the norm and of the clipped share
     one, two = updated(monkeypatch, lr=3.0)[3], updated(monkeypatch, lr=3.0, epochs=2)[3]
     assert all(one[name] == two[name] for name in ("loss", "entropy", "replay_error")) and one["clip_fraction"] == 0
     assert two["clip_fraction"] > 0 and two["grad_norm"] != one["grad_norm"]
@@ -289,22 +242,9 @@ def test_the_learning_rate_rises_and_the_optimizer_is_adamw(tmp_path, monkeypatc
     monkeypatch.setattr(train, "LR_WARMUP", 4)
     seen, update = [], train.update
     monkeypatch.setattr(train, "update", lambda *args: seen.append(dict(args[1].param_groups[0])) or update(*args))
-    train.train(tiny(tmp_path, lr=0.01, steps=6, warmup_steps=0))
+    train.train(tiny(tmp_path, lr=0.01, steps=6, warmup_steps=0, eval_prompts=1, eval_every=0))
     assert [group["lr"] for group in seen] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
     assert all(group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0.0 for group in seen)
-
-
-def test_the_log_says_what_the_rewards_were(tmp_path):
-    given = []
-
-    def reward(prompt, response, answer):
-        given.append(len(given) % 7 / 3)
-        return given[-1]
-
-    train.train(tiny(tmp_path, steps=2, warmup_steps=0), reward=reward)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(given) == 1 + 2 * 16
-    assert [row["reward"] for row in rows] == pytest.approx([statistics.mean(given[1:17]), statistics.mean(given[17:])])
 
 
 @pytest.mark.parametrize("method", list(smd.METHODS))
@@ -379,8 +319,8 @@ def test_ppo_by_loops():
 
 
 @pytest.mark.parametrize("method", ["naive", "smd"])
-def test_the_logits_of_all_tokens_are_never_there_at_once(method, monkeypatch):
-    """In 32 chunks the peak stays below one copy of them; and in one chunk nothing else comes out."""
+def test_the_logits_of_all_tokens_never_exist_at_once(method, monkeypatch):
+    """In 32 chunks the peak of memory is below one copy of the logits, and the results are those of one chunk."""
     assert smd.LOGITS_PER_CHUNK["cpu"] <= 2**24, "a chunk of the default size is not small"
     model = small_model(torch.float32, vocab=20_000, width=16)
     rollout = ragged_rollout(model, samples=4, max_new=20)
@@ -402,14 +342,14 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(method, monkeypatch):
         if chunks == 32:
             assert peak < size, f"{peak / size:.2f} times the logits"
         else:
-            assert peak > 1.5 * size, "control: in one chunk they are"
+            assert peak > 1.5 * size, "control: in one chunk they do"
     for n in range(2):
         assert math.isclose(found[32][n], found[1][n], rel_tol=1e-5)
     compare("gradient", found[32][2], found[1][2], 1e-5)
 
 
 def test_no_chunk_is_much_smaller_than_another(monkeypatch):
-    """Would catch a last chunk of one row, whose logits a library may sum in another order than the sampler's."""
+    """Would catch a last chunk of one row, with logits that a library may sum in another order than the sampler's."""
     sizes = []
     monkeypatch.setitem(smd.LOGITS_PER_CHUNK, "cpu", 20 * 50)  # two chunks of this size would leave one row
     smd.chunked(lambda row_x: sizes.append(len(row_x)) or (row_x,), 20, torch.arange(101.0))
@@ -454,7 +394,7 @@ def test_log_probs_and_sums_of_a_bfloat16_model_are_float32(automatic):
 
 
 def test_every_update_under_autocast_uses_the_weights_of_the_last():
-    """Would catch an autocast that keeps its bfloat16 copies of the weights from one update to the next."""
+    """Would catch an autocast cache that keeps bfloat16 copies of the old weights."""
     policy, batch, config = prepared()
     policy.float()
     learner_loss, pairs = smd.learner_loss, []
@@ -474,12 +414,11 @@ def test_every_update_under_autocast_uses_the_weights_of_the_last():
     assert all(entropy == pytest.approx(fresh, abs=1e-6) for entropy, fresh in pairs)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("method", list(smd.METHODS))
-def test_parts_add_up_to_the_whole(method, objective):
-    """Would catch a mean over a part that counts as much as one over the whole, or weights that a part makes anew.
+@pytest.mark.parametrize("method, objective", PAIRS)
+def test_the_gradients_of_parts_add_up_to_that_of_the_whole_batch(method, objective, monkeypatch):
+    """Would catch a mean over a part instead of over the batch, or importance weights computed for each part.
 
-    Four prompts, of which one has no pair of different rewards, in 1, 2, 3 and 4 parts of unequal lengths.
+    Four prompts in 1, 2, 3 and 4 parts of unequal lengths; the samples of one prompt have equal rewards.
     """
     policy, batch, config = prepared(objective, method, kl_ref=0.1)
     if policy.critic is not None:
@@ -492,21 +431,23 @@ def test_parts_add_up_to_the_whole(method, objective):
             p.mul_(1.02)
     loss = loss_of(policy, batch, config)
     loss.backward()  # in a single pass
-    want = gradient_of(policy)
+    want, rows = gradient_of(policy), []
     assert want.norm() > 1e-3
-    rows = []
+    monkeypatch.setattr(smd, "MAX_GRAD_NORM", math.inf)
     for accumulate in (1, 2, 3, 4):
         policy.zero_grad()
-        row = train.gradient(policy.model, batch, Settings(accumulate=accumulate), config, RUNTIME)
-        rows.append({name: x.item() for name, x in row.items()})
-        assert rows[-1] == pytest.approx(rows[0], rel=1e-9)
+        optimizer = policy.optimizer(lr=0.0)
+        optimizer.zero_grad = lambda: None  # so that the gradient stays
+        row = train.update(policy, optimizer, batch, Settings(epochs=1, accumulate=accumulate), config, RUNTIME)
+        rows.append(row)
+        assert row == pytest.approx(rows[0], rel=1e-9)
         assert (gradient_of(policy) - want).norm() < 1e-9 * want.norm()
     assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_responses_of_one_token_are_learned_from(objective):
-    """They are no queries themselves, and every learner sees the whole prompt as the sampler did."""
+    """A response of one token is no query, and every learner sees the whole prompt as the sampler did."""
     found = []
     for method in ("smd", "naive"):
         policy = Policy(small_model(), objective, kl_ref=0.1)
@@ -518,14 +459,6 @@ def test_responses_of_one_token_are_learned_from(objective):
         found.append(gradient_of(policy))
     compare("one token", found[0], found[1], 1e-12)
     assert found[0].norm() > 1e-3
-
-
-def test_the_parts_of_a_batch_are_the_batch():
-    """The mean over parts of a gradient that is a sum over prompts, before the first update."""
-    policy, batch, config = prepared(lam=0.0)
-    whole = gradient(loss_of(policy, batch, config), policy.model)
-    parts = [gradient(loss_of(policy, part, config), policy.model) for part in train.split(batch, 2)]
-    compare("parts", (parts[0] + parts[1]) / 2, whole, 1e-12)
 
 
 def test_the_diagnosis_by_hand(world):
@@ -564,17 +497,17 @@ def test_the_diagnosis_of_a_rollout_that_the_replay_does_not_match():
 
 
 class NoDefaultDevice(TorchDispatchMode):
-    """Fails where anything is made on the default device, if that is "meta"."""
+    """Fails if a tensor is created on the default device, which is "meta"."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for x in tree_leaves((args, kwargs, made)):
-            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} has to do with a tensor of no device"
+            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} uses a tensor without a device"
         return made
 
 
 def on_given_devices(f):
-    """f, which fails where it makes a tensor without naming a device: with CUDA, that tensor would be on the CPU."""
+    """f, but it fails where it creates a tensor without naming a device: on a CUDA machine that is the CPU."""
 
     def run(*args):
         with torch.device("meta"), NoDefaultDevice():
@@ -585,7 +518,7 @@ def on_given_devices(f):
 
 @pytest.mark.parametrize("method, objective", PAIRS)
 def test_every_method_trains_with_every_objective(tmp_path, method, objective):
-    """And never on the default device, which on a CUDA machine is the CPU."""
+    """And creates no tensor on the default device, which on a CUDA machine is the CPU."""
     sizes = dict(prompts=2, samples=2, accumulate=2, kl_ref=0.1)
     agent = Agent(train.checked(tiny(tmp_path, method=method, objective=objective, **sizes)))
     policy = Policy(agent.model, objective, 0.1)
@@ -598,16 +531,15 @@ def test_every_method_trains_with_every_objective(tmp_path, method, objective):
         assert abs(row["ess_token"] - 1) < 1e-6 and row["overlap_p05"] > 1 - 1e-5
 
 
-def test_nothing_is_made_on_the_default_device(tmp_path):
-    """By any policy, by the evaluation, or by the warm-up; of a training step the test above shows it."""
+def test_no_tensor_is_created_on_the_default_device(tmp_path):
+    """By any policy, the evaluation, or the warm-up; the test above is for a training step."""
     model, prompts = small_model(torch.float32), ragged_prompts()
     for policy in POLICIES:
         eviction = Eviction(policy, 8, interval=3, window=3, sinks=1)
         for sample in (smd.sample, shared.sample):
-            on_given_devices(sample)(model, *prompts, 3, 9, EOS, eviction)
+            on_given_devices(sample)(model, *prompts, 2, 5, -1, eviction)
     agent = Agent(train.checked(tiny(tmp_path, eval_prompts=4)))
     on_given_devices(agent.evaluate)()
-    warm_up = base.WarmUp(agent)
-    warm_up.learn(*on_given_devices(warm_up.loss)(None, 0))
-    with pytest.raises(AssertionError, match="no device"):
+    on_given_devices(base.supervised_loss)(agent, None, 0)
+    with pytest.raises(AssertionError, match="without a device"):
         on_given_devices(torch.zeros)(2)

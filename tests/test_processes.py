@@ -48,9 +48,9 @@ def in_processes(count: int, folder: Path, call: str) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
 
 
-def agent_in_float64(s: Settings, plain: bool = False) -> Agent:
-    """An untrained layer whose responses end early, so that their longest lengths differ between processes."""
-    agent = Agent(s, plain)
+def agent_in_float64(s: Settings) -> Agent:
+    """An untrained layer whose responses end early, so that those of one process may all be shorter than another's."""
+    agent = Agent(s)
     agent.config = dataclasses.replace(agent.config, layers=1)
     agent.model = TinyModel(agent.config).double()
     table = agent.model.embed_tokens.weight.detach()

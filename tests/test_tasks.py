@@ -7,7 +7,6 @@ import json
 import math
 import re
 import statistics
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +15,12 @@ import torch
 
 import smd
 from harness import base, cli, files, report, runs, shared, streams, tasks, text, train
-from harness.agent import Agent, Greedy
+from harness.agent import Agent, greedy
 from harness.number import last_number
 from harness.settings import Settings
 from harness.streams import numpy_stream, torch_stream
 from kernel import NEVER
-from smd import Eviction
-from tests.common import EOS, GOOD, POLICIES, ROOT, compare, ragged_prompts, ragged_rollout, small_model, tiny, write
+from tests.common import GOOD, ROOT, compare, small_model, tiny, write
 from tiny_model import ModelConfig, TinyModel, never_evicted
 
 
@@ -50,44 +48,8 @@ def test_the_counter_based_generator_is_splitmix64_and_uniform():
         assert abs(torch.corrcoef(torch.stack([x.flatten() for x in pairs]))[0, 1]) < 5 / 300
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_what_is_drawn_for_a_prompt_depends_on_its_key_alone(policy):
-    """Would catch draws in the order of a batch, or by a prompt's number in it."""
-    model, key_N = small_model(), streams.hashed(0, torch.arange(4))
-    together = ragged_rollout(model, policy)
-    eviction = Eviction(policy, 8, interval=3, window=3, sinks=1)
-    for n in ([2], [3, 1], [1, 2, 0]):
-        prompts = together.prompt_NP[n], together.pad_N[n]  # with the same padding, so that a column is a column
-        apart = shared.sample(model, *prompts, 3, 14, EOS, eviction, streams.keyed(key_N[n], 3))
-        rows = [3 * prompt + sample for prompt in n for sample in range(3)]
-        R = apart.response_BR.shape[1]
-        assert torch.equal(apart.response_BR, together.response_BR[rows, :R]) and apart.length_B.max() == R
-        assert torch.equal(apart.evicted_at_LBGT, together.evicted_at_LBGT[:, rows, :, : 30 + R])
-        compare("log-probs", apart.logp_BR, together.logp_BR[rows, :R], 1e-12)
-    other = shared.sample(model, *ragged_prompts(), 3, 14, EOS, eviction, streams.keyed(key_N + 1, 3))
-    assert not torch.equal(other.response_BR[:, :2], together.response_BR[:, :2]), "control: another key"
-
-
-def test_the_evaluation_does_not_depend_on_the_batch_of_a_step(tmp_path):
-    found = [Agent(train.checked(tiny(tmp_path, prompts=n, samples=n, eval_prompts=70))) for n in (2, 5)]
-    texts = []
-    for agent in found:
-        respond, said = agent.respond, []
-        agent.respond = lambda *args, respond=respond, said=said: said.append(respond(*args)) or said[-1]
-        agent.evaluate()
-        texts.append([text for _, some in said for text in some])
-    assert len(texts[0]) == 140 and texts[0] == texts[1]
-
-
-def test_the_model_grows_with_its_width(tmp_path, monkeypatch):
-    for width, ffn in ((16, 64), (32, 96), (128, 352)):
-        monkeypatch.setattr(Settings, "width", width)
-        config = Agent(train.checked(tiny(tmp_path))).config
-        assert (config.width, config.ffn) == (width, ffn)
-
-
 def test_a_file_of_text_trains_end_to_end(tmp_path):
-    """Both formats, through --data; the second with the reward of a judge instead of the match."""
+    """Both formats, through --data; the second with a reward of its own."""
     ours = [json.dumps({"prompt": f"what comes after {n} is ", "answer": str(n + 1)}) for n in range(20)]
     gsm8k = [
         json.dumps({"question": f"{n} and one?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1:,}"})
@@ -96,13 +58,11 @@ def test_a_file_of_text_trains_end_to_end(tmp_path):
     judged = []
     for name, lines, judge in (("ours", ours, None), ("gsm8k", gsm8k, lambda *texts: judged.append(texts) or 0.5)):
         file = write(tmp_path / f"{name}.jsonl", *lines)
-        changes = dict(data=file, asked=None, budget="80%", max_new=8, steps=2, eviction="h2o")
+        changes = dict(data=file, asked=None, budget="80%", max_new=8, steps=1, eviction="h2o")
         summary = train.train(tiny(tmp_path, name, **changes), reward=judge)
         assert summary["replay_error"] < 1e-5 and 0 <= summary["after"]["sparse"] <= 1
     prompt, _, answer = judged[0]
-    assert prompt.endswith(" and one?\n") and answer.isdigit(), (
-        "a GSM8K answer is the number after ####, without commas"
-    )
+    assert prompt.endswith(" and one?\n") and answer.isdigit(), "the answer is the number after ####, without commas"
 
 
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
@@ -139,7 +99,7 @@ def test_the_chain_is_followed_along_its_edges():
         assert answer == follow(prompt, 5) and len(prompt) == 34
         assert len(follow(prompt, 16)) == len(set(follow(prompt, 16))) == 16, "more than one cycle"
     assert len(set(examples)) == 200 and len({answer for _, answer, *_ in examples}) > 190
-    # the edges come in any order: how often an edge stands right behind the one that leads to it
+    # the edges are in random order: how often an edge directly follows the edge that leads to it
     behind = [prompt[i + 1] == prompt[i + 2] for prompt, *_ in examples for i in range(0, 30, 2)]
     assert abs(statistics.mean(behind) - 1 / 15) < 0.02
     assert task.draw(3, numpy_stream(1, 2)) == examples[:3] != task.draw(3, numpy_stream(1, 3))
@@ -160,27 +120,23 @@ def test_a_lesson_is_a_shorter_cycle_and_demonstrations_slip():
 
 
 def test_the_rewards_of_the_tasks_by_hand(tmp_path):
-    reward = partial(chain(asked=4).reward, "abbccdda?a")
+    task = chain(asked=4)
     for response, want in (("bcda", 1.0), ("bcdd", 0.375), ("bc", 0.25), ("", 0.0), ("xcxa", 0.25), ("bcdab", 0.5)):
-        assert reward(response, "bcda") == want, response
+        assert task.reward("abbccdda?a", response, "bcda") == want, response
     # the reward and the accuracy agree about blanks
-    assert reward(" bcda ", "bcda") == 1.0
-    assert (
-        tasks.accuracy(
-            chain(asked=4), [" bcda ", "b cda", "bcda", "x"], [tasks.Example("", "bcda"), tasks.Example("", "bcda ")]
-        )
-        == 0.5
-    )
+    assert task.reward("abbccdda?a", " bcda ", "bcda") == 1.0
+    examples = [tasks.Example("", "bcda"), tasks.Example("", "bcda ")]
+    assert tasks.accuracy(task, [" bcda ", "b cda", "bcda", "x"], examples) == 0.5
     text = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", GOOD, GOOD), reward="exact"))
     assert [text.reward("?", said, " two ") for said in ("two", " two\n", "Two", "two two", "")] == [1, 1, 0, 0, 0]
-    examples = [tasks.Example("p", "a"), tasks.Example("q", "b")]
-    seen = []
+    examples, seen = [tasks.Example("p", "a"), tasks.Example("q", "b")], []
     scores = tasks.score(lambda *texts: seen.append(texts) or len(seen), examples, ["w", "x", "y", "z"])
     assert scores == [1.0, 2.0, 3.0, 4.0]
     assert seen == [("p", "w", "a"), ("p", "x", "a"), ("q", "y", "b"), ("q", "z", "b")]
     assert tasks.accuracy(text, ["a", "b", "b", "a"], examples) == 0.5
-    with pytest.raises(FloatingPointError, match="a reward is inf"):
-        tasks.score(lambda prompt, *_: math.inf if prompt == "q" else 0.0, examples, ["w"] * 2)
+    for bad in (math.inf, -math.inf, math.nan, 1e39):
+        with pytest.raises(FloatingPointError, match=r"a reward is (-?inf|nan|1e\+39); it must be a finite number"):
+            tasks.score(lambda prompt, *_, bad=bad: bad if prompt == "q" else 3e38, examples, ["w"] * 2)
 
 
 def facts(**changes) -> tasks.Facts:
@@ -188,7 +144,7 @@ def facts(**changes) -> tasks.Facts:
 
 
 def test_the_facts_are_looked_up(monkeypatch):
-    """The answer is what the list says of what is asked, however many are asked for."""
+    """The answer has the listed codes of the nouns in the question."""
     for asked, count in ((1, 12), (2, 5), (3, 16)):
         monkeypatch.setattr(tasks.Facts, "FACTS", count)
         task = facts(asked=asked)
@@ -209,41 +165,24 @@ def test_the_facts_are_looked_up(monkeypatch):
     assert re.fullmatch(r" [0-9]+, [0-9]+ and [0-9]+", three.answer)
 
 
+FACT_REWARDS = {
+    " 22": {" 22": 1.0, " 22.": 1.0, "22, or 35": 1.0, " 25": 0.5, " 221": 0.5, " 32": 0.0, "": 0.0},
+    " 22, 45 and 67": {
+        " 22, 45 and 67.": 1.0, " 22 45 67 12": 1.0, " 22, 45 and 66": 1 / 3, " 45, 22, 67": 1 / 6, " 22": 1 / 6,
+        "none": 0.0,
+    },
+}  # fmt: skip
+
+
 def test_the_rewards_of_facts_by_hand():
-    task = facts()
-    for said, want in (
-        (" 22", 1.0),
-        (" 22.", 1.0),
-        ("22, or 35", 1.0),
-        (" 25", 0.5),
-        (" 221", 0.5),
-        (" 32", 0.0),
-        ("", 0.0),
-    ):
-        assert task.reward("?", said, " 22") == want and task.right(said, " 22") == (want == 1.0), said
-    task = facts(asked=3)
-    for said, want in (
-        (" 22, 45 and 67.", 1.0),
-        (" 22 45 67 12", 1.0),
-        (" 22, 45 and 66", 1 / 3),
-        (" 45, 22, 67", 1 / 6),
-        (" 22", 1 / 6),
-        ("none", 0.0),
-    ):
-        assert task.reward("?", said, " 22, 45 and 67") == pytest.approx(want), said
-        assert task.right(said, " 22, 45 and 67") == (want == 1.0), said
+    for asked, (answer, rewards) in zip((1, 3), FACT_REWARDS.items(), strict=True):
+        task = facts(asked=asked)
+        for response, want in rewards.items():
+            assert task.reward("?", response, answer) == pytest.approx(want), response
+            assert task.right(response, answer) == (want == 1.0), response
 
 
-def test_the_last_number_decides(tmp_path):
-    task = tasks.TextFile(Settings(data=write(tmp_path / "two.jsonl", NUMBERED, NUMBERED), reward="number"))
-    found = [task.reward("?", said, "1234") for said in ("so 1,234", "1234.0 in all", "1234 of 5", "no")]
-    assert found == [1.0, 1.0, 0.0, 0.0]
-
-
-NUMBERED = json.dumps({"prompt": "how many", "answer": "1234"})
-
-
-def test_what_is_held_out_is_never_trained_on(tmp_path):
+def test_held_out_examples_are_never_trained_on(tmp_path):
     for count, held in ((40, 4), (9, 1), (2, 1)):
         lines = [json.dumps(dict(prompt=f"question {n}", answer=str(n))) for n in range(count)]
         task = tasks.TextFile(Settings(data=write(tmp_path / f"{count}.jsonl", *lines), reward="exact"))
@@ -274,7 +213,7 @@ def test_prompts_depend_on_seed_and_step_alone():
 
 
 class Solver:
-    """In place of the sampler: it answers right with a full cache, and with a compressed one only from an a on."""
+    """Replaces the sampler. A full cache answers right; a compressed one does if the start is the letter a."""
 
     def __init__(self):
         self.calls = []
@@ -302,7 +241,7 @@ def agent_of(**changes) -> Agent:
     return Agent(train.checked(tiny(Path("."), **dict(asked=4, eval_prompts=150) | changes)))
 
 
-def test_the_evaluation_knows_which_cache_was_right_about_which_question(solver):
+def test_the_evaluation_counts_right_answers_of_each_cache(solver):
     agent = agent_of()
     found = agent.evaluate()
     of_a = statistics.mean(e.prompt[-1] == "a" for e in agent.task.held_out(150))
@@ -316,7 +255,7 @@ def test_the_evaluation_knows_which_cache_was_right_about_which_question(solver)
     assert agent.evaluate(("sparse",)) == {"sparse": of_a}
 
 
-def test_an_answer_stands_beside_its_cache(solver):
+def test_the_answers_of_both_caches_are_printed(solver):
     agent = agent_of()
     prompt = agent.task.draw(1, numpy_stream(5))[0].prompt[:-1] + "b"
     assert agent.answer(prompt) == f"sparse cache: ????\ndense cache:  {follow(prompt, 4)}"
@@ -324,46 +263,22 @@ def test_an_answer_stands_beside_its_cache(solver):
     for wrong, message in (
         ("", "--prompt: the prompt must not be empty"),
         ("x" * 2044, "--prompt: a prompt of 2044 tok"),
+        ("ab\udcff", r"--prompt: prompt and answer must be Unicode text; remove '\\udcff'"),
     ):
         with pytest.raises(cli.UsageError, match=message):
             agent.answer(wrong)
 
 
-def test_a_step_samples_as_its_method_says(tmp_path, monkeypatch):
-    calls, sample = [], shared.sample
-    monkeypatch.setattr(shared, "sample", lambda *args: calls.append((args[3], args[6] is not None)) or sample(*args))
-    for method, evicts in (("dense", False), ("naive", True), ("smd", True)):
-        calls.clear()
-        train.train(tiny(tmp_path, method, method=method, steps=1, eval_every=0))
-        # before: sparse, dense; the step; after: sparse, dense
-        assert calls == [(1, True), (1, False), (4, evicts), (1, True), (1, False)]
-
-
-def test_the_same_seed_asks_the_same_on_any_machine():
-    """Another stream would be another base policy, and other results than those that are reported."""
+def test_a_seed_gives_the_same_prompts_on_any_machine():
+    """Would catch other random streams, which would change the base policy and all reported results."""
     assert chain().held_out(1)[0].prompt == "knjcmpalpjbfhenmciobiddhfaeggolk?g"
     assert torch_stream("cpu", 0, 1, 2).initial_seed() == 4_066_139_880_823_384_728
     assert streams.hashed(0, 1, torch.tensor(2)).item() == split_mix(0, 1, 2)
 
 
-def test_weights_begin_with_the_variance_that_is_said():
-    config = ModelConfig(vocab=500, width=128, layers=2, heads=4, kv_heads=2, ffn=200)
-    for name, p in TinyModel(config, seed=1).named_parameters():
-        if p.ndim == 1:
-            assert (p == 1).all()
-        else:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5 / (2.0 if writes else 1.0)
-            assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5 * std / p.numel() ** 0.5
-    a, b, c = (TinyModel(config, seed=seed).layers[0].mlp.up_proj.weight for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    model = TinyModel(config)
-    assert model.lm_head.weight is model.embed_tokens.weight
-
-
 @torch.no_grad()
 def test_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkeypatch):
-    model, form, records = small_model(vocab=257), text.Form(text.load_encoding()), []
+    model, form, records = small_model(vocab=257), text.Form(), []
     forward = TinyModel.forward
     monkeypatch.setattr(TinyModel, "forward", lambda m, *args: records.append(args[2].clone()) or forward(m, *args))
     examples = [tasks.Example("abcdefgh", "xyz"), tasks.Example("abcde", "y"), tasks.Example("a", "xx")]
@@ -393,53 +308,52 @@ def test_the_warm_up_scores_right_answers_and_hides_a_share_of_the_prompt(monkey
     assert not torch.equal(found, again)
 
 
+def small_agent(**changes) -> SimpleNamespace:
+    """The parts of an agent that the warm-up reads."""
+    s = SimpleNamespace(**dict(backend=None, model=None, warmup_steps=20) | changes)
+    model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
+    return SimpleNamespace(model=model, task=chain(asked=2), form=text.Form(), s=s)
+
+
 def test_the_warm_up_goes_through_the_lessons(monkeypatch):
     """Each until a right answer has probability LEARNED, by a running mean; then the task, while the rate falls."""
-    task, form, seen, rates = chain(asked=2), text.Form(text.load_encoding()), [], []
-    model = TinyModel(ModelConfig(vocab=257, width=16, layers=1, ffn=32))
-    agent = SimpleNamespace(model=model, task=task, form=form, s=SimpleNamespace(backend=None, model=None))
+    agent, seen, rates = small_agent(), [], []
 
-    def loss(self, lesson, step):
+    def loss(agent, lesson, step):
         seen.append((lesson, step))
-        return model.norm.weight.sum(), 1.0 if lesson == 6 else 0.4
+        return agent.model.norm.weight.sum(), 1.0 if lesson == 6 else 0.4
 
-    def step(self, loss, down):
-        rates.append(down)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(base.WarmUp, "loss", loss)
-        patch.setattr(base.WarmUp, "learn", step)
-        warm_up = base.WarmUp(agent)
-        for lesson in (*task.lessons, None):
-            warm_up.lesson(lesson, 20)
-    # of lesson 6, 1 - 0.9^7 is the first above one half
+    monkeypatch.setattr(base, "supervised_loss", loss)
+    monkeypatch.setattr(base, "learn", lambda *args: rates.append(args[3]))
+    assert base.warm_up(agent) == 20 + 6 + 20 + 20
+    # in lesson 6, the running mean exceeds one half at the seventh example: 1 - 0.9^7 > 0.5
     assert [lesson for lesson, _ in seen] == [4] * 20 + [6] * 7 + [8] * 20 + [None] * 20
     assert [step for lesson, step in seen if lesson is None] == list(range(20))
-    assert rates == pytest.approx([1.0] * (20 + 6 + 20) + [2 - 0.1 * n for n in range(20)])
+    rise = [min(1.0, n / 50) for n in range(1, 47)] + [min(n / 50, 2 - 0.1 * (n - 47), 1.0) for n in range(47, 67)]
+    assert rates == pytest.approx([3e-3 * rate for rate in rise])
 
-    # the rate of both optimizers rises over 50 steps and follows `down`; matrices of the layers are Muon's
-    warm_up = base.WarmUp(agent)
-    adamw, muon = ([p for p in o.param_groups[0]["params"]] for o in warm_up.optimizers)
+
+def test_a_supervised_step(monkeypatch):
+    """Matrices of the layers belong to Muon; the gradient is clipped; batches of lessons and steps differ."""
+    agent = small_agent()
+    model, optimizers = agent.model, base.optimizers_for(agent.model, fresh=True)
+    adamw, muon = (o.param_groups[0] for o in optimizers)
     in_layers = {id(p) for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2}
-    assert {id(p) for p in muon} == in_layers
-    assert len(muon) + len(adamw) == len(list(model.parameters()))
-    assert all(o.param_groups[0]["weight_decay"] == 0.0 for o in warm_up.optimizers)
-    assert warm_up.optimizers[0].param_groups[0]["betas"] == (0.9, 0.95)
-    assert warm_up.optimizers[1].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    for n, down in enumerate((1.0, 2.0, 0.01), start=1):
-        warm_up.learn((model.norm.weight * 100).sum(), down)
-        assert [o.param_groups[0]["lr"] for o in warm_up.optimizers] == pytest.approx([3e-3 * min(n / 50, down)] * 2)
-        assert model.norm.weight.grad.norm() < 1.001 and warm_up.taken == n
+    assert {id(p) for p in muon["params"]} == in_layers
+    assert len(muon["params"]) + len(adamw["params"]) == len(list(model.parameters()))
+    assert adamw["weight_decay"] == muon["weight_decay"] == 0.0
+    assert adamw["betas"] == (0.9, 0.95) and muon["adjust_lr_fn"] == "match_rms_adamw"
+    base.learn(model, optimizers, (model.norm.weight * 100).sum(), rate=2e-3)
+    assert adamw["lr"] == muon["lr"] == 2e-3 and model.norm.weight.grad.norm() < 1.001
     with pytest.raises(FloatingPointError, match="the warm-up's loss is nan, the norm of its gradient nan"):
-        warm_up.learn((model.norm.weight * math.nan).sum(), 1.0)
-    # lessons, steps and answers: all of them other examples, and of the loss the mean over tokens
-    found = [warm_up.loss(lesson, step) for lesson, step in ((4, 0), (6, 0), (None, 0), (None, 1), (None, 1))]
+        base.learn(model, optimizers, (model.norm.weight * math.nan).sum(), rate=1.0)
+    found = [base.supervised_loss(agent, *at) for at in ((4, 0), (6, 0), (None, 0), (None, 1), (None, 1))]
     assert len({loss.item() for loss, _ in found}) == 4 and found[3][0] == found[4][0]
-    assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "not a mean over tokens"
+    assert all(2 < loss.item() < 8 and 0 < right < 1 for loss, right in found), "the loss is not a mean over tokens"
 
 
-def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path, monkeypatch):
-    """A base policy was made anew when a task was added to harness/tasks.py, and in each run on --data."""
+def test_the_file_of_a_base_policy_is_named_by_its_settings_and_data(tmp_path, monkeypatch):
+    """Would catch a base policy that is made again for each run, or one that is used for other settings."""
 
     def path(**changes):
         return base.base_path(train.checked(tiny(tmp_path, **changes)))
@@ -457,26 +371,26 @@ def test_a_base_policy_is_named_by_what_its_weights_depend_on(tmp_path, monkeypa
     assert path(seed=1, lr=1.0, method="naive", prompts=2, budget=16, steps=3) == names[0]
 
 
-FIVE_LOSSES = [5.587438, 5.581090, 5.567293, 5.553065, 5.522652]
-# of the weights after five steps, with torch 2.13.0 on a CPU with AVX2 and no more, by any number of threads
-FIVE_STEPS = "18e90b5571ee88b6"
+TWO_LOSSES = [5.587438, 5.581090]
+# SHA-256 of the weights after two steps, with torch 2.13.0 on a CPU with AVX2, by any number of threads
+TWO_STEPS = "a327382dc4fb9cd5"
 
 
-def test_the_supervised_steps_lead_where_they_led_to_the_base_policy_that_is_shipped(monkeypatch):
+def test_the_supervised_steps_are_those_that_made_the_shipped_base_policy(monkeypatch):
     """A change of the steps must come with another base.VERSION, and with `python -m harness.base`."""
     monkeypatch.setattr(Settings, "width", 128)
     agent = Agent(train.checked(Settings(device="cpu")))
-    warm_up, losses = base.WarmUp(agent), []
-    for step in range(5):
-        loss, _ = warm_up.loss(4, step)
+    optimizers, losses = base.optimizers_for(agent.model, fresh=True), []
+    for step in range(2):
+        loss, _ = base.supervised_loss(agent, 4, step)
         losses.append(loss.item())
-        warm_up.learn(loss, down=1.0)
-    assert losses == pytest.approx(FIVE_LOSSES, rel=1e-5)
+        base.learn(agent.model, optimizers, loss, base.RATE * (step + 1) / base.RISE)
+    assert losses == pytest.approx(TWO_LOSSES, rel=1e-5)
     if (torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()) == ("2.13.0", "AVX2"):
         digest = hashlib.sha256()
         for name, weight in agent.model.state_dict().items():
             digest.update(name.encode() + weight.numpy().tobytes())
-        assert digest.hexdigest()[:16] == FIVE_STEPS
+        assert digest.hexdigest()[:16] == TWO_STEPS
 
 
 def test_the_base_policy_that_is_shipped_is_that_of_the_default_task(capsys, monkeypatch):
@@ -493,10 +407,9 @@ def test_the_base_policy_that_is_shipped_is_that_of_the_default_task(capsys, mon
 ACCURACY = dict(sparse=0.1875, dense=0.421875)
 
 
-def test_the_base_policy_that_is_shipped_can_be_made_anew(tmp_path, monkeypatch):
+def test_the_base_policy_that_is_shipped_can_be_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "SHIPPED", tmp_path)
-    monkeypatch.setattr(base.WarmUp, "lesson", lambda *_: None)
-    (tmp_path / "base-old.pt").write_text("of an earlier version")
+    monkeypatch.setattr(base, "warm_up", lambda _: 0)
     base.main()
     agent = Agent(train.checked(Settings()))
     (made,) = tmp_path.glob("*.pt")
@@ -505,17 +418,13 @@ def test_the_base_policy_that_is_shipped_can_be_made_anew(tmp_path, monkeypatch)
 
 
 def test_text_to_tokens_and_back():
-    form = text.Form(text.load_encoding())
+    form = text.Form()
     rows, pad = text.tokenize(form, [tasks.Example(prompt, "") for prompt in ("abc", "é", "<|endoftext|>")], "cpu")
     assert pad.tolist() == [10, 11, 0] and rows.shape == (3, 13)
     assert rows[0].tolist() == [256] * 10 + [97, 98, 99] and rows[1, 11:].tolist() == [0xC3, 0xA9]
-    assert rows[2].tolist() == list(b"<|endoftext|>"), "what looks like a special token is text"
+    assert rows[2].tolist() == list(b"<|endoftext|>"), "the text of a special token is plain text"
     for tokens, want in (([97, 98, 256, 99], "ab"), ([256, 97], ""), ([0xC3, 0xA9], "é"), ([0xC3, 97], "\ufffda")):
         assert form.decode(tokens) == want
-    sparse = text.tiktoken.Encoding(
-        "sparse", pat_str=".+", mergeable_ranks={b"a": 0, b"b": 2}, special_tokens={"<|endoftext|>": 4}
-    )
-    assert text.Form(sparse).decode([0, 1, 2, 4, 0]) == "a\ufffdb"
     four, seven = tasks.Example("four", "abc", where="line 1: "), tasks.Example("seven..", "a", where="line 2: ")
     assert [text.check_example(form, example, 4, 11) for example in (four, seven)] == [4, 7]
     for example, max_new, context, message in (
@@ -576,18 +485,17 @@ def test_a_text_without_a_number_is_never_right():
     assert last_number("none") is None and not tasks.same_number("none", "none")
 
 
-@pytest.mark.parametrize("answer", ["12:30", "seven", "3√2", "1,5"])
-def test_an_answer_that_cannot_be_read_as_a_number_is_refused_by_its_line(answer, tmp_path):
-    file = write(tmp_path / "a.jsonl", *numbered(3), json.dumps(dict(prompt="when?", answer=answer)))
-    with pytest.raises(cli.UsageError, match=f"a.jsonl, line 4: --reward number cannot read a number in .*{answer}"):
+def test_an_answer_without_a_number_is_refused_with_its_line(tmp_path):
+    file = write(tmp_path / "a.jsonl", *numbered(3), json.dumps(dict(prompt="when?", answer="12:30")))
+    with pytest.raises(cli.UsageError, match=r"a\.jsonl, line 4: --reward number cannot read a number in .*12:30"):
         tasks.TextFile(Settings(data=file, reward="number"))
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ('{"prompt": "half a pair \\ud800 is", "answer": "x"}', r"'\\ud800' at character 12 is not Unicode text"),
-        ('{"prompt": "what is it?", "answer": "\\udfff"}', r"'\\udfff' at character 0 is not Unicode text"),
+        ('{"prompt": "half a pair \\ud800 is", "answer": "x"}', r".*Unicode text; remove '\\ud800'"),
+        ('{"prompt": "what is it?", "answer": "\\udfff"}', r".*Unicode text; remove '\\udfff'"),
         ("[" * 100_000 + "]" * 100_000, "not JSON in UTF-8"),
         ('{"prompt": "hi", "answer": "x"}', "--budget must be at least 5 for snapkv, got 1 of a prompt's 2 tokens"),
         ('{"prompt": "' + "long " * 500 + '", "answer": "x"}', "a prompt of 2500 tokens with --max-new 128 exceeds"),
@@ -597,40 +505,19 @@ def test_an_answer_that_cannot_be_read_as_a_number_is_refused_by_its_line(answer
         ),
     ],
 )
-def test_what_no_run_can_use_is_refused_by_its_line(row, message, tmp_path):
-    """Would catch an example counted without the blank lines before it, and a crash on the last print of a run."""
+def test_an_example_that_no_run_can_use_is_refused_with_its_line(row, message, tmp_path):
+    """Would catch a line number that does not count blank lines, and a crash when a run prints its last prompt."""
     file = write(tmp_path / "a.jsonl", *numbered(1), "", row)
     with pytest.raises(cli.UsageError, match=rf"a\.jsonl, line 3: {message}"):
         train.train(Settings(data=file))
     assert not (tmp_path / "out").exists(), "something was written"
 
 
-def test_a_prompt_that_is_not_unicode_is_refused():
-    agent = Agent(train.checked(Settings(device="cpu")))
-    with pytest.raises(cli.UsageError, match=r"--prompt: '\\udcff' at character 2 is not Unicode text"):
-        agent.answer("ab\udcff")
-
-
-def test_few_and_repeated_prompts_are_said(tmp_path, capsys):
-    """Would catch an accuracy of 0 or 1 without a word that one example makes it."""
-    for rows, said in (
-        (numbered(12), "11 examples to train on, 1 held out; one of them is 100% of the accuracy"),
-        (numbered(200), "180 examples to train on, 20 held out"),
-        (
-            numbered(150) + numbered(50),
-            "180 examples to train on, 20 held out, of which 20 repeat a prompt to train on",
-        ),
-    ):
-        file = write(tmp_path / "a.jsonl", *rows)
-        tasks.TextFile(Settings(data=file, reward="exact"))
-        assert capsys.readouterr().out == f"{file}: {said}\n"
-
-
 SMALL = dict(device="cpu", warmup_steps=1, steps=1, prompts=2, samples=2, max_new=4, budget="80%", eval_every=0)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
-    """Would catch a "before" and an "after" that are of different questions."""
+    """Would catch accuracies before and after training on different questions."""
     file = write(tmp_path / "a.jsonl", *numbered(20))
     train.train(Settings(**SMALL, data=file, out="run"))
     train.train(Settings(**SMALL | dict(steps=2), data=file, out="run", resume=True))
@@ -643,15 +530,8 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
         assert f"--out run holds a run whose --data {file} has changed since" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [10**400, -(10**400), math.inf, math.nan, 1e39])
-def test_a_reward_beyond_float32_is_an_error_of_one_line(given):
-    with pytest.raises(FloatingPointError, match=r"a reward is (-?inf|nan|1e\+39); it must be a finite number"):
-        tasks.score(lambda *_: given, [tasks.Example("p", "a")], ["x"])
-    assert tasks.score(lambda *_: 3e38, [tasks.Example("p", "a")], ["x"]) == [3e38]
-
-
-def test_a_prompt_of_the_facts_is_asked_as_the_task_asks_it():
-    """Would catch a --prompt after training whose answer is not begun as in training."""
+def test_a_prompt_of_the_facts_is_asked_as_in_training():
+    """Would catch an answer to --prompt that does not begin as in training."""
     for asked in (1, 3):
         task = tasks.Facts(SimpleNamespace(asked=asked))
         for example in task.draw(3, numpy_stream(1)):
@@ -662,6 +542,6 @@ def test_a_prompt_of_the_facts_is_asked_as_the_task_asks_it():
 def test_a_prompt_is_answered_with_the_most_probable_tokens():
     model = small_model(torch.float32, vocab=257)
     hidden = torch.randn(5, 32)
-    logp_XV = Greedy(model).log_probs(hidden)
+    logp_XV = greedy(model).log_probs(hidden)
     assert torch.equal(logp_XV.argmax(-1), model.log_probs(hidden).argmax(-1))
     assert (logp_XV.exp().sum(-1) == 1).all() and logp_XV.isfinite().all()
