@@ -21,6 +21,7 @@ that the block visits:
     query 15   . # . . | # . # . | . . . # | # # # #   # # # # | # # # # |         |
 
 In position order the last block visits all four tiles. Sorted, it visits two, because the surviving keys share a tile.
+The blocks before the eviction visit more tiles than before, eight instead of six, so sorting pays in long responses.
 The length of an epoch, 512 positions, is a compromise. A tile is visited from the position of its first key until the
 eviction of its last key. Under rolling eviction, keys that are evicted together stand far apart. With short epochs, a
 tile therefore mixes distant positions and is visited long before most of its keys are visible. With long epochs, it is
@@ -74,7 +75,7 @@ def accumulation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention without the hidden pairs (B, G, Tq, Tk); each query needs a visible key.
+    """Softmax attention without the hidden pairs (B, G, Tq, Tk). The output is undefined where a query sees no key.
 
     Returns the output (B, H, Tq, D) and the attention weights (B, G, H/G, Tq, Tk), both in `accumulation_dtype`.
     """
@@ -92,15 +93,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[T
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, mask: "LayerMask", q_start: int) -> Tensor:
     """The definition, in plain PyTorch: `shadow_attention` without its checks."""
-    i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
-    j = torch.arange(k.shape[2], device=q.device)
-    visible = (j <= i) & (i < mask.evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
-    # the backward pass recomputes weights and float64 copies: stored for all layers, they were most of its memory
-    inputs = q, k, v, ~visible
-    out, _ = checkpoint(masked_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
-    # a query that sees nothing gives zeros and zero gradients
-    blind = ~visible.any(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return out.masked_fill(blind[..., None], 0).to(q.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor) -> Tensor:
+        i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
+        j = torch.arange(k.shape[2], device=q.device)
+        visible = (j <= i) & (i < evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
+        out, _ = masked_attention(q, k, v, ~visible)
+        # a query that sees nothing gives zeros and zero gradients
+        blind = ~visible.any(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return out.masked_fill(blind[..., None], 0).to(q.dtype)
+
+    # the backward pass recomputes mask, weights and float64 copies: stored for all layers, they were most of its memory
+    return checkpoint(attend, q, k, v, mask.evicted_at, use_reentrant=False, preserve_rng_state=False)
 
 
 class Blocks(NamedTuple):
@@ -474,9 +478,10 @@ def shadow_attention(
     """Softmax attention in which query i sees key j if j <= i < evicted_at[j].
 
     q (B, H, Tq, D); k, v (B, G, Tk, D); evicted_at (B, G, Tk) int32, or a layer of a `ShadowMask`. Key j stands at
-    position j, query i at position q_start + i. Query head h reads kv head h // (H/G). Returns (B, H, Tq, D); a query
-    that sees nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None for the default of q's
-    device. Raises ValueError where shapes, types or devices do not fit together, or the backend does not support them.
+    position j, and row r of q at position i = q_start + r. Query head h reads kv head h // (H/G). Returns
+    (B, H, Tq, D); a query that sees nothing returns zeros and has zero gradients. backend: a name in BACKENDS, or None
+    for the default of q's device. Raises ValueError where shapes, types or devices do not fit together, or the backend
+    does not support them.
     """
     mask = ShadowMask(evicted_at[None])[0] if isinstance(evicted_at, Tensor) else evicted_at
     tensors = q, k, v, mask.evicted_at

@@ -17,13 +17,13 @@ response, so that all tokens weigh the same (Dr. GRPO). The paper is changed in 
 tasks are small; (5) the KL of track 2 is averaged over the response tokens of the batch; (6) the S samples of a prompt
 share its prefill and the evictions that follow it directly.
 
-`python smd.py` runs the demonstration, 100 steps on a retrieval task. The file reads in the order in which a step runs.
-harness/shared.py has a cache and a replay that compute each prompt once; runs use them, and tests prove them equal.
+`python smd.py` runs the demonstration, 100 steps on a retrieval task. It uses harness/shared.py, which stores and
+replays each prompt once instead of S times; tests prove it equal to the cache and the replay in this file.
 
-Letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns, T = P + R,
-K cache slots, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, C width, V vocabulary, X all
-response tokens in one row. A column counts from the left edge of the padded batch and is the position i or j in the
-rule above. The RoPE position is the column less the padding before it.
+Letters: N prompts, S samples of each, B = N·S sequences, P prompt columns (left-padded), R response columns, T all
+columns, K cache slots, W recent queries, L layers, H query heads, G kv heads, M = H/G, D head dim, C width, V
+vocabulary, X all response tokens in one row. A column counts from the left edge of the padded batch and is the position
+i or j in the rule above. The RoPE position is the column less the padding before it.
 """
 
 import math
@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from kernel import NEVER, ShadowMask, accumulation_dtype, masked_attention, shadow_attention
 from tiny_model import TinyModel, at_least_float32, causal_attention, rope_positions
 
-EOS_CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two checks for EOS; each check synchronises CUDA
+EOS_CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two checks for EOS and NaN; each check synchronises CUDA
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # the learner needs some ten times as many numbers at once
 MAX_GRAD_NORM = 1.0
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # the relative spread from which on a difference of rewards counts
@@ -62,20 +62,20 @@ class Eviction:
     pool: int = 5  # snapkv: neighbouring keys over which scores are averaged
     protect: str | None = None  # "prompt": its keys are never evicted, and the budget counts keys of the response
 
-    def least(self) -> int:
-        """Keys that the policy always keeps: its sinks and its window, at least one."""
+    def minimum_budget(self) -> int:
+        """The sinks and the window that the policy always keeps, at least one key."""
         spec = POLICIES[self.policy]
-        sinks = self.sinks if spec.sinks and not self.protect else 0
-        return sinks + (self.window if spec.window else 1)
+        sinks = self.sinks if spec.keeps_sinks and not self.protect else 0
+        return sinks + (self.window if spec.keeps_window else 1)
 
-    def keep(self, length_N: Tensor) -> Tensor:
-        """Keys to keep (N,) of prompts of these lengths (N,); ValueError where the policy always keeps more."""
+    def budget_for(self, length_N: Tensor) -> Tensor:
+        """Keys to keep (N,) of prompts of these lengths (N,); ValueError below the minimum budget."""
         if not isinstance(self.budget, int | Fraction):
             raise ValueError(f"budget must be a count of keys or a Fraction of the prompt, got {self.budget!r}")
         share = isinstance(self.budget, Fraction)
         keys = [math.ceil(self.budget * length) if share else self.budget for length in length_N.tolist()]
-        if min(keys) < self.least():
-            raise ValueError(f"budget must be at least {self.least()} for {self.policy}, got {min(keys)}")
+        if min(keys) < self.minimum_budget():
+            raise ValueError(f"budget must be at least {self.minimum_budget()} for {self.policy}, got {min(keys)}")
         return length_N.new_tensor(keys)
 
 
@@ -119,8 +119,8 @@ class LayerCache:
 
     def mark_evicted(self, evicted_BGK: Tensor) -> None:
         """Record that these keys are invisible from the next query on."""
-        old_BGK = self.evicted_at_BGT.gather(-1, self.column_BGK)
-        self.evicted_at_BGT.scatter_(-1, self.column_BGK, old_BGK.masked_fill(evicted_BGK, self.now))
+        invisible_from_BGK = torch.where(evicted_BGK, self.now, NEVER).int()
+        self.evicted_at_BGT.scatter_reduce_(-1, self.column_BGK, invisible_from_BGK, "amin")
         self.live_BGK = self.live_BGK & ~evicted_BGK
 
     def compact(self, count: int) -> None:
@@ -183,7 +183,7 @@ def tova(cache: LayerCache) -> Tensor:
 
 
 def knorm(cache: LayerCache) -> Tensor:
-    """Keys of small norm receive much attention (2406.11430)."""
+    """Minus the log of the key's norm: keys of small norm receive much attention (2406.11430)."""
     # in steps of 0.1 %: in the first layer, the norms of equal tokens differ by rounding only, and should tie
     return -(1000 * cache.keys().norm(dim=-1).log()).round()
 
@@ -219,44 +219,43 @@ class PolicySpec(NamedTuple):
     """An eviction policy: its score, the keys it always keeps, and what it reads."""
 
     score: Callable[[LayerCache], Tensor]  # (B, G, K): the keys with the highest scores are kept
-    sinks: bool = False  # always keeps the first keys, as many as `Eviction.sinks`
-    window: bool = False  # always keeps the last keys, as many as `Eviction.window`
-    reads_queries: bool = False  # reads the last queries: `Eviction.window` of them, or one if `window` is False
+    keeps_sinks: bool = False  # always keeps the first keys, as many as `Eviction.sinks`
+    keeps_window: bool = False  # always keeps the last keys, as many as `Eviction.window`
+    reads_queries: bool = False  # reads the last query, or `Eviction.window` of them if `keeps_window`
     accumulates: bool = False  # reads the attention that each key received
 
 
 POLICIES = {
-    "streaming": PolicySpec(streaming, sinks=True),
-    "snapkv": PolicySpec(snapkv, sinks=True, window=True, reads_queries=True),
+    "streaming": PolicySpec(streaming, keeps_sinks=True),
+    "snapkv": PolicySpec(snapkv, keeps_sinks=True, keeps_window=True, reads_queries=True),
     "h2o": PolicySpec(h2o, accumulates=True),
     "tova": PolicySpec(tova, reads_queries=True),
     "knorm": PolicySpec(knorm),
-    "rkv": PolicySpec(rkv, window=True, reads_queries=True),
-    "random": PolicySpec(random, sinks=True, window=True),
+    "rkv": PolicySpec(rkv, keeps_window=True, reads_queries=True),
+    "random": PolicySpec(random, keeps_sinks=True, keeps_window=True),
 }
 
 
 def eviction_mask(cache: LayerCache) -> tuple[Tensor, Tensor]:
-    """Live keys outside each head's top-k (B, G, K): these are evicted. And whether no score is NaN."""
+    """The live keys to evict, those outside the top-k of their head (B, G, K); and True if no score is NaN."""
     spec = POLICIES[cache.eviction.policy]
     always_BGK = torch.zeros_like(cache.live_BGK)
     keep_BG1 = cache.keep_B[:, None, None]
-    if spec.sinks and not cache.eviction.protect:
+    if spec.keeps_sinks and not cache.eviction.protect:
         always_BGK |= cache.column_BGK < cache.pad_B[:, None, None] + cache.eviction.sinks
-    if spec.window:
+    if spec.keeps_window:
         always_BGK |= cache.newest(cache.eviction.window)
     if cache.eviction.protect:
         prompt_BGK = cache.live_BGK & (cache.column_BGK < cache.P)
         always_BGK |= prompt_BGK
         keep_BG1 = keep_BG1 + prompt_BGK.sum(dim=-1, keepdim=True)
-    # in float32: scores that are equal but for rounding tie, and the stable sort then prefers the earlier key
+    # in float32, most scores that differ by float64 rounding only are equal, and the stable sort keeps the earlier key
     score_BGK = spec.score(cache).float()
     valid = ~score_BGK.isnan().any()
     score_BGK = score_BGK.masked_fill(always_BGK, math.inf).masked_fill(~cache.live_BGK, -math.inf)
     order_BGK = score_BGK.argsort(dim=-1, descending=True, stable=True)
-    outside_BGK = torch.arange(order_BGK.shape[-1], device=order_BGK.device) >= keep_BG1
-    outside_BGK = torch.zeros_like(cache.live_BGK).scatter(-1, order_BGK, outside_BGK.expand_as(order_BGK))
-    return cache.live_BGK & outside_BGK, valid
+    rank_BGK = order_BGK.argsort(dim=-1)
+    return cache.live_BGK & (rank_BGK >= keep_BG1), valid
 
 
 # --- 2. the compressed KV cache ---
@@ -283,15 +282,16 @@ class Cache:
         self.spec = POLICIES[self.eviction.policy]
         self.pad_N, self.S, self.P, self.max_new, self.uniform = pad_N, S, P, max_new, uniform
         self.padding_N = pad_N if pad_N.any() else None
-        self.keep_N = self.eviction.keep(P - pad_N)
+        self.keep_N = self.eviction.budget_for(P - pad_N)
         protected = P if self.eviction.protect else 0
-        self.least, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())  # slots of a sequence
-        W = self.eviction.window if self.spec.window else 1
+        # slots after a compression, in the sequences with the smallest and the largest budget
+        self.fewest, self.most = (protected + keep.item() for keep in self.keep_N.aminmax())
+        W = self.eviction.window if self.spec.keeps_window else 1
         self.W = W if self.spec.reads_queries else 0
         self.tokens = 0  # of each response, in the cache
         self.valid = torch.ones((), dtype=torch.bool, device=pad_N.device)  # no score was NaN
         self.layers: list[LayerCache] = []
-        self.stored_bytes = 0  # most bytes of keys, values and what is stored beside them
+        self.stored_bytes = 0  # the most that all layers stored between two tokens
 
     def prefill(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend densely within the prompts, then keep what the budget allows of this layer's keys."""
@@ -304,7 +304,7 @@ class Cache:
         layer = LayerCache(self.eviction, self.uniform, l, P, P, *rows, q[:, :, max(0, P - self.W) :])
         if self.spec.accumulates:
             layer.received_BGK = self.attention_in_prompt(layer, q)
-        if self.least < P:
+        if self.fewest < P:
             self.evict(layer)
         layer.compact(self.most)
         # W queries also after a prompt that is shorter than the window
@@ -340,7 +340,7 @@ class Cache:
         self.measure()
         if self.tokens % self.eviction.interval == 0:
             for layer in self.layers:
-                if layer.live_BGK.shape[-1] > self.least:
+                if layer.live_BGK.shape[-1] > self.fewest:
                     self.evict(layer)
                 layer.compact(self.most)
 
@@ -363,7 +363,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the sampler did, recorded once. The learner never recomputes it."""
+    """What the sampler did. The learner takes evictions and log-probs from here, and evicts nothing itself."""
 
     prompt_NP: Tensor  # int64
     pad_N: Tensor  # columns of padding before each prompt
@@ -412,7 +412,7 @@ def sample(
     hidden_NPC = model.extend(model.embed_tokens(prompt_NP), rope_positions(pad_N, P), cache.prefill)
     hidden_BC = hidden_NPC[:, -1].repeat_interleave(samples, dim=0)
     cache.branch()
-    tokens, logps, masks = [], [], []
+    tokens, logps, length_B = [], [], torch.zeros_like(pad_B)
     running_B, finite = torch.ones_like(pad_B, dtype=torch.bool), torch.ones_like(cache.valid)
     for t in range(max_new):
         logp_BV = model.log_probs(hidden_BC)
@@ -420,7 +420,7 @@ def sample(
         drawn_B = inverse_cdf(logp_BV, uniform(t, row_B)) if forced_BR is None else forced_BR[:, t]
         tokens.append(torch.where(running_B, drawn_B, eos_E[0]))
         logps.append(torch.where(running_B, logp_BV.gather(1, drawn_B[:, None])[:, 0], 0.0))
-        masks.append(running_B)
+        length_B = length_B + running_B
         running_B = running_B & ~torch.isin(drawn_B, eos_E)
         if t + 1 == max_new or (t + 1) % EOS_CHECK_EVERY.get(pad_B.device.type, 8) == 0:
             all_finite, some_running = torch.stack((finite & cache.valid, running_B.any())).tolist()
@@ -433,7 +433,6 @@ def sample(
             position_B1 = (P + t - pad_B)[:, None]
             hidden_BC = model.extend(model.embed_tokens(tokens[-1][:, None]), position_B1, cache.decode)[:, 0]
             cache.token_done()
-    length_B = torch.stack(masks).sum(dim=0)
     R = length_B.max().item()
     evicted_at_LBGT = finished_mask(cache.shadow_mask()[..., : P + R], P + length_B)
     drawn = torch.stack(tokens[:R], dim=1), torch.stack(logps[:R], dim=1), length_B
@@ -491,7 +490,7 @@ def chunked(f: Callable[..., tuple[Tensor, ...]], vocab: int, *rows: Tensor) -> 
     chunks = math.ceil(len(rows[0]) * vocab / LOGITS_PER_CHUNK.get(rows[0].device.type, 2**23))
     if chunks <= 1:
         return list(f(*rows))
-    # chunks of equal size, because a library may sum the rows of a small matrix in another order
+    # chunks of about equal size, because a library may sum the rows of a small matrix in another order
     parts = zip(*(x.tensor_split(chunks) for x in rows), strict=True)
     results = [checkpoint(f, *part, use_reentrant=False) for part in parts]
     return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
@@ -514,7 +513,7 @@ def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tens
 
 
 # --- 5. importance weights: the corrections that the method makes unnecessary ---
-# From here to `kl_divergence`, functions of plain tensors, for any trainer. log_ratio_BR is log ρ, the learner's dense
+# Up to `kl_divergence`, all functions take plain tensors, for any trainer. log_ratio_BR is log ρ, the learner's dense
 # log-prob less the sampler's at rollout time, and zero past the end of a response.
 
 
@@ -523,10 +522,10 @@ def token_is(log_ratio_BR: Tensor, cap: float) -> Tensor:
     return log_ratio_BR.exp().clamp(max=cap)
 
 
-def icepop(log_ratio_BR: Tensor, cap: float, least: float = 0.5) -> Tensor:
-    """w_t = ρ_t where least <= ρ_t <= cap, else 0 (IcePop; verl, rollout_is "token", thresholds 0.5 and 5)."""
+def icepop(log_ratio_BR: Tensor, cap: float, floor: float = 0.5) -> Tensor:
+    """w_t = ρ_t where floor <= ρ_t <= cap, else 0 (IcePop; verl, rollout_is "token", thresholds 0.5 and 5)."""
     ratio_BR = log_ratio_BR.exp()
-    return ratio_BR.masked_fill((ratio_BR < least) | (ratio_BR > cap), 0.0)
+    return ratio_BR.masked_fill((ratio_BR < floor) | (ratio_BR > cap), 0.0)
 
 
 def sequence_is(log_ratio_BR: Tensor, cap: float) -> Tensor:
@@ -547,7 +546,7 @@ def sparse_rl(log_ratio_BR: Tensor, cap: float) -> Tensor:
 
 class Method(NamedTuple):
     evicts: bool  # does the sampler evict?
-    replays: bool  # does the learner apply the sampler's mask, and take the recorded log-probs as the old ones?
+    replays: bool  # does the learner run under the sampler's mask? Then the sampler's log-probs are its old ones
     weight: Callable[[Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
     cap: float = math.inf  # the weight's upper limit
     mean_one: bool = False  # divide the weights by their mean over the batch's tokens
@@ -659,10 +658,10 @@ class GRPO:
         advantage_NS = group_advantage(reward_B.view(len(rollout.pad_N), -1), self.norm_std)
         return {"advantage_BR": advantage_NS.reshape(-1, 1).expand_as(rollout.mask_BR)}
 
-    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, max_new: int, totals: Totals) -> tuple:
         """The policy-gradient loss, and which tokens were clipped."""
         terms = batch.old_logp_BR, batch.extra["advantage_BR"], batch.weight_BR, batch.rollout.mask_BR
-        return policy_loss(logp_BR, *terms, self.clip, totals.sequences * longest)
+        return policy_loss(logp_BR, *terms, self.clip, totals.sequences * max_new)
 
 
 @dataclass(frozen=True)
@@ -674,7 +673,7 @@ class Config:
     eviction: Eviction = Eviction("snapkv", Fraction(65, 100))
     samples: int = 8  # per prompt: the group of GRPO
     max_new: int = 16  # longest response
-    eos: int | tuple[int, ...] = -1  # tokens that end a response
+    eos: int | tuple[int, ...] = -1  # tokens that end a response; -1: none does
     lam: float = 0.1  # weight λ of track 2
 
 
@@ -699,7 +698,7 @@ def prepare(model: TinyModel, rollout: Rollout, reward_B: Tensor, config: Config
 
 
 def learner_loss(model: TinyModel, batch: Batch, totals: Totals, config: Config, runtime: Runtime) -> tuple:
-    """The loss of a batch, or of a part of it, and figures for the log, which add up over the parts."""
+    """The loss of a batch, or of a part of it, and figures for the log. All but replay_error add up over the parts."""
     method, rollout, mask_BR = METHODS[config.method], batch.rollout, batch.rollout.mask_BR
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
     track_2 = method.replays and config.lam > 0

@@ -435,8 +435,8 @@ class Oracle:
             return keys
         # in float32: scores that differ by less than its rounding tie
         score = np.array(getattr(self, e.policy)(layer, g, keys, now), dtype=np.float32)
-        sinks = e.sinks if self.spec.sinks and not e.protect else 0
-        window = e.window if self.spec.window else 0
+        sinks = e.sinks if self.spec.keeps_sinks and not e.protect else 0
+        window = e.window if self.spec.keeps_window else 0
         for n, key in enumerate(keys):
             if key.column < max(sinks, protected) or key.column >= now - window:
                 score[n] = math.inf
@@ -554,7 +554,7 @@ def test_a_new_policy_is_proven_by_its_score(monkeypatch):
         attention = sum(softmax(row) for _, row in oracle.window_rows(layer, g, keys))
         return attention * [np.linalg.norm(key.value) for key in keys]
 
-    monkeypatch.setitem(smd.POLICIES, "new", PolicySpec(attention_times_value, window=True, reads_queries=True))
+    monkeypatch.setitem(smd.POLICIES, "new", PolicySpec(attention_times_value, keeps_window=True, reads_queries=True))
     monkeypatch.setattr(Oracle, "new", by_lists, raising=False)
     model, eviction, rollout = sampled("new", "grouped-heads")
     check_against_oracle(model, rollout, eviction)
@@ -581,7 +581,7 @@ def test_sinks_and_window_are_always_kept(policy):
     with pytest.raises(ValueError, match=f"budget must be at least {LEAST[policy]} for {policy}, got 0"):
         smd.sample(small_model(), *prompts, 1, 2, -1, replace(eviction, budget=0))
     # where the prompt is protected, its first keys need no sinks
-    assert replace(eviction, protect="prompt").least() == dict(snapkv=3, rkv=3, random=3).get(policy, 1)
+    assert replace(eviction, protect="prompt").minimum_budget() == dict(snapkv=3, rkv=3, random=3).get(policy, 1)
 
 
 @pytest.mark.parametrize("policy", ["knorm", "rkv"])

@@ -72,7 +72,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor | None) -> T
     """Dense causal attention of q (B, H, T, D) to k and v (B, G, T, D); the output in padding columns is undefined.
 
     pad_B: left padding, None where there is none (looking at pad_B in every layer would synchronise CUDA each time).
-    Sampler and learner make this same call for the prompts, so that they agree to the bit in the model's own type.
+    Sampler and learner call this same function for the prompts, so that both compute in the model's own type.
     """
 
     def roll(x_BHTD: Tensor, shift_B: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Tokens in, final hidden states out; `log_probs` takes those that are needed to the vocabulary."""
+    """Maps tokens to final hidden states; `log_probs` maps the states that predict a needed token to log-probs."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -141,12 +141,12 @@ class TinyModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.lm_head.weight = self.embed_tokens.weight  # tied
-        # unit variance in, unit variance out; the 2L projections into the residual stream are scaled by (2L)^-1/2.
-        # with GPT-2's constant 0.02, which suits a width of 768, a width of 128 learns retrieval far later
+        # linear layers have a standard deviation of fan_in^-1/2, and the 2L that write to the residual stream (2L)^-1/2
+        # of it. With GPT-2's constant 0.02, made for a width of 768, a width of 128 learns retrieval far later
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = 0.02 if name.startswith(("embed", "lm_head")) else p.shape[1] ** -0.5
+                std = 0.02 if name.startswith("embed") else p.shape[1] ** -0.5
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= (2 * config.layers) ** -0.5
                 nn.init.normal_(p, std=std, generator=generator)

@@ -62,7 +62,7 @@ class Agent:
         lengths = [check_example(self.form, example, s.max_new, self.context) for example in self.task.examples]
         length, shortest = min(zip(lengths, self.task.examples, strict=True))
         try:
-            self.eviction.keep(torch.tensor([length]))
+            self.eviction.budget_for(torch.tensor([length]))
         except ValueError as e:
             raise UsageError(f"{shortest.where}--{e} of a prompt's {length} tokens") from e
         self.model.to(s.device)
@@ -151,9 +151,9 @@ class Agent:
         length = check_example(self.form, example, max_new, self.context)
         lines = []
         try:
-            self.eviction.keep(torch.tensor([length]))
+            self.eviction.budget_for(torch.tensor([length]))
         except ValueError:
-            least = self.eviction.least()
+            least = self.eviction.minimum_budget()
             asked = f"--budget {self.s.budget} of {length} tokens is less than {self.eviction.policy} always keeps"
             lines.append(f"{asked}: {least} are kept")
             self.eviction = dataclasses.replace(self.eviction, budget=least)

@@ -64,9 +64,9 @@ class PPO:
         normalised_BR = standardised(advantage_BR, rollout.mask_BR, runtime)
         return {"advantage_BR": normalised_BR, "value_BR": value_BR, "return_BR": advantage_BR + value_BR}
 
-    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, max_new: int, totals: Totals) -> tuple:
         # the policy-gradient loss is GRPO's, with other advantages
-        loss, clipped_BR = GRPO(clip=self.clip).loss(batch, logp_BR, hidden_XC, longest, totals)
+        loss, clipped_BR = GRPO(clip=self.clip).loss(batch, logp_BR, hidden_XC, max_new, totals)
         mask_BR, extra = batch.rollout.mask_BR, batch.extra
         value_BR = self.values(hidden_XC, mask_BR)
         of_critic = value_loss(value_BR, extra["value_BR"], extra["return_BR"], mask_BR, self.clip, totals.tokens)
@@ -83,7 +83,7 @@ class DPO:
     def prepare(self, model, rollout: Rollout, seen_LBGT: Tensor, reward_B: Tensor, runtime: Runtime) -> dict:
         return {"ref_logp_BR": reference_logp(self.reference, rollout, seen_LBGT, runtime)}
 
-    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, max_new: int, totals: Totals) -> tuple:
         reward_NS = batch.reward_B.view(len(batch.rollout.pad_N), -1)
         logps = logp_BR.sum(dim=1), batch.extra["ref_logp_BR"].sum(dim=1)
         return dpo_loss(*logps, reward_NS, self.beta, totals.pairs), torch.zeros_like(batch.rollout.mask_BR)
@@ -103,8 +103,8 @@ class WithReference:
             extra["ref_logp_BR"] = reference_logp(self.reference, rollout, seen_LBGT, runtime)
         return extra
 
-    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, longest: int, totals: Totals) -> tuple:
-        loss, clipped_BR = self.objective.loss(batch, logp_BR, hidden_XC, longest, totals)
+    def loss(self, batch: Batch, logp_BR: Tensor, hidden_XC: Tensor, max_new: int, totals: Totals) -> tuple:
+        loss, clipped_BR = self.objective.loss(batch, logp_BR, hidden_XC, max_new, totals)
         penalty = k3(logp_BR, batch.extra["ref_logp_BR"], batch.rollout.mask_BR, totals.tokens)
         return loss + self.coefficient * penalty, clipped_BR
 

@@ -186,7 +186,7 @@ class SharedCache(Cache):
         self.measure()
         if self.tokens % self.eviction.interval:
             return
-        if self.slots > self.least:
+        if self.slots > self.fewest:
             for l, layer in enumerate(self.layers):
                 self.evict_samples(l, layer)
         # the counts of all layers at once, because each transfer of a number synchronises CUDA

@@ -59,8 +59,8 @@ def test_ties_of_knorm_do_not_depend_on_the_precision():
 def test_a_share_of_the_prompt_is_exact(percent, length, kept):
     """In floating point, 7 % of 100 tokens are more than 7."""
     share = Fraction(percent) / 100
-    assert Eviction("knorm", share).keep(torch.tensor([length, 1000])).tolist() == [kept, 10 * percent]
-    assert Eviction("knorm", 5).keep(torch.tensor([length, 1000])).tolist() == [5, 5]
+    assert Eviction("knorm", share).budget_for(torch.tensor([length, 1000])).tolist() == [kept, 10 * percent]
+    assert Eviction("knorm", 5).budget_for(torch.tensor([length, 1000])).tolist() == [5, 5]
 
 
 def layer_of(k=None, pad=0, K=8, policy="streaming", q=None, received=None, keep=4, key=0, **eviction):
