@@ -3,15 +3,12 @@
 Each claim is asserted before its numbers are printed. Letters as in smd.py.
 """
 
-import sys
-
 import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import smd
-from harness.cli import run_command
 from kernel import NEVER, ShadowMask, shadow_attention
 from tiny_model import ModelConfig, TinyModel
 
@@ -43,16 +40,16 @@ def shown(values: Tensor) -> str:
 
 def show_sampler(model: TinyModel, r: smd.Rollout) -> None:
     names = [LETTERS[token] for token in (*r.prompt_NP[0], *r.response_BR[0])]
-    print("1. How much the last token of the prompt attends to each key. Its own key and the two best others stay.")
+    print("1. Attention of the prompt's last token to each key. Its own key and the two best others are kept.")
     print("            " + "        ".join(names[:P]))
     for l, (q, k) in enumerate(learner(model, r, r.evicted_at_LBGT)[1]):
         score_P = (k[:P] @ q[P - 1] * k.shape[1] ** -0.5).softmax(dim=0)
         gone = [j for j in range(P) if r.evicted_at_LBGT[l, 0, 0, j] == P]
         assert sorted([*gone, *score_P[:-1].topk(2).indices.tolist(), P - 1]) == list(range(P))
         print(f"   layer {l + 1}{shown(score_P)}   evicted: {' and '.join(names[j] for j in gone)}")
-    print("2. Three tokens are sampled, and after each the cache is compressed again. Their probabilities:")
+    print("2. Three tokens are sampled. The first two enter the cache, which is compressed after each. Probabilities:")
     print("            " + "        ".join(names[P:]) + f"\n          {shown(r.logp_BR[0].exp())}")
-    print("3. evicted_at is one integer per key: the first query that does not see it. It means this mask:")
+    print("3. evicted_at: the first query that can no longer see the key. 'never': no query of this response missed it.")
     for l, row in enumerate(r.evicted_at_LBGT[:, 0, 0].tolist()):
         ends = [f"{name} {'never' if end == NEVER else end}" for name, end in zip(names, row, strict=True)]
         print(f"   layer {l + 1}: {', '.join(ends)}")
@@ -67,18 +64,20 @@ def show_learners(model: TinyModel, r: smd.Rollout) -> None:
     deletion_LBGT = r.evicted_at_LBGT.masked_fill(deleted_T, 0)  # no query ever sees them
     masks = {"sampler's mask": r.evicted_at_LBGT, "full mask": r.never_evicted_LBGT, "deletion": deletion_LBGT}
     results = {name: learner(model, r, mask_LBGT) for name, mask_LBGT in masks.items()}
-    print("4. Log-probs of the three tokens. Only the learner under the sampler's mask has its policy: ratio 1.")
+    print("4. Log-probs of the three tokens, and the ratio of the learner's probability of all three to the sampler's.")
+    print("   It is 1 under the sampler's mask only. 'deletion' hides the key that both layers evicted from all queries.")
     print(f"   {'sampler':14}{shown(r.logp_BR[0])}")
     for name, (logp, _) in results.items():
         ratio = (logp.sum() - r.logp_BR.sum()).exp().item()
+        (hidden_XC,) = smd.replay(model, r, masks[name])
+        assert name == "deletion" or torch.allclose(smd.response_logp(model, r, hidden_XC)[0], logp)
         assert (shown(logp) == shown(r.logp_BR[0])) == (abs(ratio - 1) < 1e-12) == (name == "sampler's mask")
         print(f"   {name:14}{shown(logp)}   ratio {ratio:.4f}")
     layers = zip(results["sampler's mask"][1], results["deletion"][1], strict=True)
     errors = [(k - wrong_k)[~deleted_T[:-1]].abs().max().item() for (_, k), (_, wrong_k) in layers]
     assert errors[0] == 0 and errors[1] > 0.1
     name = LETTERS[r.prompt_NP[0][deleted_T[:P]].item()]
-    print(f"   Both layers evicted {name}. In layer 1, later tokens had attended to it: without it, their keys")
-    print("   change by {:.4f} in layer 1, and by up to {:.4f} in layer 2.".format(*errors))
+    print(f"   Deleting {name} changes later keys by {errors[0]:.4f} in layer 1 and by up to {errors[1]:.4f} in layer 2.")
     weights = list(model.parameters())
     direction = torch.nn.functional.normalize(torch.randn(1000, dtype=torch.float64), dim=0)
     slopes = {name: parameters_to_vector(grad(logp.sum(), weights)) @ direction for name, (logp, _) in results.items()}
@@ -87,7 +86,7 @@ def show_learners(model: TinyModel, r: smd.Rollout) -> None:
         vector_to_parameters(start + step * direction, weights)
         totals.append(sample(model, r.prompt_NP, r.response_BR).logp_BR.sum().item())
     slope = (totals[0] - totals[1]) / 2e-5
-    print("5. Slope of the response's log-prob along a random direction of the weights. The first learner has it.")
+    print("5. Slope of the response's log-prob along a random direction of the weights.")
     print(f"   {'sampler':14}{slope:9.4f}   by finite differences")
     for name, found in slopes.items():
         assert (abs(found - slope) < 1e-6) == (name == "sampler's mask")
@@ -103,7 +102,7 @@ def show_track_2(model: TinyModel, r: smd.Rollout) -> None:
     before.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert kl() < before
-    print("6. One gradient step of track 2 pulls the policy under the full mask towards that under the sampler's mask.")
+    print("6. One gradient step of track 2 moves the policy under the full mask towards the sampler's policy.")
     print(f"   KL(π_dense ‖ π_shadow): {before.item():.4f} -> {kl().item():.4f} nats a token")
 
 
@@ -117,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "walkthrough"))
+    main()
