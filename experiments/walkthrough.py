@@ -49,7 +49,7 @@ def show_sampler(model: TinyModel, r: smd.Rollout) -> None:
         print(f"   layer {l + 1}{shown(score_P)}   evicted: {' and '.join(names[j] for j in gone)}")
     print("2. Three tokens are sampled. The first two enter the cache, which is compressed after each. Probabilities:")
     print("            " + "        ".join(names[P:]) + f"\n          {shown(r.logp_BR[0].exp())}")
-    print("3. evicted_at: the first query that can no longer see the key. 'never': no query of this response missed it.")
+    print("3. evicted_at, the first query that can no longer see the key. 'never': all queries of the response saw it.")
     for l, row in enumerate(r.evicted_at_LBGT[:, 0, 0].tolist()):
         ends = [f"{name} {'never' if end == NEVER else end}" for name, end in zip(names, row, strict=True)]
         print(f"   layer {l + 1}: {', '.join(ends)}")
@@ -65,7 +65,7 @@ def show_learners(model: TinyModel, r: smd.Rollout) -> None:
     masks = {"sampler's mask": r.evicted_at_LBGT, "full mask": r.never_evicted_LBGT, "deletion": deletion_LBGT}
     results = {name: learner(model, r, mask_LBGT) for name, mask_LBGT in masks.items()}
     print("4. Log-probs of the three tokens, and the ratio of the learner's probability of all three to the sampler's.")
-    print("   It is 1 under the sampler's mask only. 'deletion' hides the key that both layers evicted from all queries.")
+    print("   It is 1 under the sampler's mask only. 'deletion' hides the key that both layers evicted.")
     print(f"   {'sampler':14}{shown(r.logp_BR[0])}")
     for name, (logp, _) in results.items():
         ratio = (logp.sum() - r.logp_BR.sum()).exp().item()
@@ -77,7 +77,7 @@ def show_learners(model: TinyModel, r: smd.Rollout) -> None:
     errors = [(k - wrong_k)[~deleted_T[:-1]].abs().max().item() for (_, k), (_, wrong_k) in layers]
     assert errors[0] == 0 and errors[1] > 0.1
     name = LETTERS[r.prompt_NP[0][deleted_T[:P]].item()]
-    print(f"   Deleting {name} changes later keys by {errors[0]:.4f} in layer 1 and by up to {errors[1]:.4f} in layer 2.")
+    print("   Deleting {} changes later keys by {:.4f} in layer 1 and up to {:.4f} in layer 2.".format(name, *errors))
     weights = list(model.parameters())
     direction = torch.nn.functional.normalize(torch.randn(1000, dtype=torch.float64), dim=0)
     slopes = {name: parameters_to_vector(grad(logp.sum(), weights)) @ direction for name, (logp, _) in results.items()}

@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+OUT_OF_MEMORY = "out of memory", "can't allocate memory", "not enough memory"  # in torch's errors
+
 
 class UsageError(ValueError):
     """An error that the user can fix; the message names the value and the fix."""
@@ -27,11 +29,11 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
 
 
-def run_command(main: Callable[[], None], name: str, speaks: bool = True) -> int:
+def run_command(main: Callable[[], None], name: str, prints_errors: bool = True) -> int:
     """Run a command and return its exit code: 2 for an error that the user can fix, 130 for Ctrl-C and SIGTERM.
 
-    The error's message and its notes (`add_note`) are printed on one line. speaks: False in a process whose errors are
-    those of another process, which prints them.
+    The error's message and its notes (`add_note`) are printed on one line. prints_errors: False in a process whose
+    errors another process prints.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's output lacks it, and encodes all characters
         sys.stdout.reconfigure(errors="backslashreplace")  # print π as an escape where the terminal has no such letter
@@ -51,8 +53,13 @@ def run_command(main: Callable[[], None], name: str, speaks: bool = True) -> int
         code = 141
     except (UsageError, FloatingPointError, OSError) as e:
         error, message, code = e, str(e), 2
-    if not speaks:
-        return 0  # any other code lets torchrun end the process that speaks, perhaps before it has spoken
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
+            raise
+        advice = "give fewer --prompts, --samples or --eval-prompts, or a larger --accumulate"
+        error, message, code = e, f"out of memory ({in_short(e)}); {advice}", 2
+    if not prints_errors:
+        return 0  # another exit code could let torchrun kill the other process before it has printed the error
     if message:
         with contextlib.suppress(OSError):
             print(f"{name}: {'; '.join([message, *getattr(error, '__notes__', [])])}", file=sys.stderr, flush=True)

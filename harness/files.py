@@ -59,4 +59,4 @@ def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | No
             optimizer.load_state_dict(state.pop("optimizer"))
         return state
     except Exception as e:  # a damaged file raises many types of errors
-        raise UsageError(f"{path} is missing or damaged ({in_short(e)}); delete it to begin anew") from e
+        raise UsageError(f"{path} is missing or damaged ({in_short(e)}); delete a damaged file to start again") from e

@@ -101,8 +101,8 @@ def table(summary: dict) -> str:
         lines.append(f"  {cache:6} cache {before:13.1%} {summary['after'][cache]:8.1%}")
     for name, text in (
         ("replay_error", "largest replay error, |log π_shadow - log π_sparse|: {:.1e}"),
-        ("dense_error", "a dense learner would be off by |log π_dense - log π_sparse|: {:.1e}"),
-        ("visible_share", "a response token saw {:.0%} of the tokens before it, on average"),
+        ("dense_error", "largest error without replay, |log π_dense - log π_sparse|: {:.1e}"),
+        ("visible_share", "mean share of the tokens before a response token that it could attend to: {:.0%}"),
     ):
         if summary[name] is not None:
             lines.append(text.format(summary[name]))
@@ -121,13 +121,13 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
     steps, rewards = points(rows, "reward")
     left.plot(steps, rewards, color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
     # a reward may be negative, or far above 1
-    left.set(title=f"{method}: all of these should rise", xlabel="step", ylim=(min([0.0, *rewards]), None))
+    left.set(title=f"{method}: accuracy and reward", xlabel="step", ylim=(min([0.0, *rewards]), None))
     left.legend(frameon=False)
 
     right.plot(*points(rows, "kl_sparse_dense"), "o-", color=colour(method), markersize=4)
-    right.set(title="KL(π_sparse ‖ π_dense), nats a token: may rise", xlabel="step", ylim=(0, None))
+    right.set(title="KL(π_sparse ‖ π_dense), nats per token", xlabel="step", ylim=(0, None))
     if summary["replay_error"] is not None:
-        text = f"largest replay error: {summary['replay_error']:.1g}\n(rounding, some 1e-6 in float32)"
+        text = f"largest replay error: {summary['replay_error']:.1g}\n(rounding in float32: about 1e-6)"
         right.annotate(text, (0.03, 0.05), xycoords="axes fraction", fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -136,14 +136,14 @@ def conclude(rows: list[dict], summary: dict, method: str, prompt: str) -> None:
     """Print the table, draw the picture, and print a command that asks the trained policy."""
     print(table(summary))
     if summary["peak_memory"] is not None:
-        print(f"this process held {summary['peak_memory'] / 1e9:.2f} GB at most")
+        print(f"peak memory of this process: {summary['peak_memory'] / 1e9:.2f} GB")
     picture = Path(summary["out"]) / "curves.png"
-    drawn = f"its picture is {picture}"
+    drawn = f"plot: {picture}"
     try:
         draw_curves(rows, summary, method, picture)
     except Exception as e:  # an error in matplotlib must not cost the results of a run
-        drawn = f"its picture could not be drawn ({in_short(e)})"
-    print(f"{summary['seconds']:.0f} s; the run is in {summary['out']}, {drawn}")
+        drawn = f"no plot ({in_short(e)})"
+    print(f"{summary['seconds']:.0f} s; run folder: {summary['out']}; {drawn}")
     script, out, prompt = map(shlex.quote, (os.path.relpath(smd.__file__), summary["out"], prompt))
     # "=" because argparse takes a prompt that begins with a dash for a flag
     print(f"try: python {script} --resume --out={out} --prompt={prompt}", flush=True)

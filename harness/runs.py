@@ -45,14 +45,14 @@ def check_same(s: Settings, fingerprint: str | None) -> None:
     out = Path(s.out)
     if not any(os.path.exists(out / name) for name in FILES[:3]):
         return
-    require(s.resume, f"--out {out} holds a run; add --resume to continue it, delete it or take another --out")
+    require(s.resume, f"--out {out} holds a run; add --resume to continue, delete it or choose another --out")
     config = read_config(out, "fingerprint")
     for name in FIXED:
         old, new = config[name], getattr(s, name)
-        require(old == new, f"--out {out} holds a run with {flag(name)} {old}, not {new}; use another --out")
+        require(old == new, f"--out {out} holds a run with {flag(name)} {old}, not {new}; choose another --out")
     read = " or ".join(f"{flag(name)} {getattr(s, name)}" for name in ("model", "data") if getattr(s, name))
     same = config["fingerprint"] == fingerprint
-    require(same, f"--out {out} holds a run whose {read} has changed since; use another --out")
+    require(same, f"--out {out} holds a run whose {read} has changed since; choose another --out")
 
 
 class Run:
@@ -86,7 +86,7 @@ class Run:
         try:
             self.lock.acquire()
         except filelock.Timeout as e:
-            raise UsageError(f"--out {out} is in use by another run; wait for it or take another --out") from e
+            raise UsageError(f"--out {out} is in use by another run; wait for it or choose another --out") from e
         if self.s.out:
             check_same(self.s, self.fingerprint)  # again: another process may have written here before the lock
         return out
@@ -105,8 +105,8 @@ class Run:
         if self.lock is not None:
             self.lock.release()
         if error is not None and self.before and self.checkpoint_path.exists():
-            command = shlex.join(["--resume", f"--out={self.out}"])
-            error.add_note(f"stopped after step {len(self.rows)}; {command} continues from the last checkpoint")
+            flags = shlex.join(["--resume", f"--out={self.out}"])
+            error.add_note(f"stopped after step {len(self.rows)}; start again with {flags} to continue")
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Load the last checkpoint; False for a run that has none yet. Then begin to write to the folder."""
@@ -116,7 +116,7 @@ class Run:
             state = parallel.raise_on_all_ranks(files.restore, self.checkpoint_path, policy, optimizer)
             done = state["step"]
             fits = done <= s.steps
-            require(fits, f"--out {self.out} is at step {done} already, got --steps {s.steps}; give at least that many")
+            require(fits, f"--out {self.out} has completed {done} steps; --steps must be at least that, got {s.steps}")
             self.rows, self.before = state["rows"], state["before"]
             self.began -= state["seconds"]
         parallel.on_rank0(self.begin_to_write)

@@ -48,22 +48,22 @@ class Settings:
     out: str | None = everyday("folder of the run (default: a new one under out/)", free=True)
     resume: bool = everyday("continue the run in --out, with its settings", free=True, default=False)
     prompt: str | None = everyday("with --resume or --model: answer this prompt with both caches, and stop", free=True)
-    protect: str | None = sampling("never evict keys of the prompt; --budget counts the response's", ("prompt",))
-    window: int | None = sampling("observation window of snapkv and rkv; these two and random never evict it", 1)
+    protect: str | None = sampling("never evict prompt keys; --budget then counts response keys only", ("prompt",))
+    window: int | None = sampling("last tokens, always kept by snapkv, rkv and random; their queries score the keys", 1)
     prompts: int | None = sampling("prompts per step", 1)
     samples: int | None = sampling("samples per prompt: the group of GRPO", 1)
-    max_new: int | None = sampling("longest response, in tokens", 1)
+    max_new: int | None = sampling("maximum length of a response, in tokens", 1)
     objective: str | None = learning("dr_grpo is grpo without division by the group's std", OBJECTIVES)
-    lam: float | int | None = learning("smd: weight λ of track 2, the KL that pulls the dense policy to the sparse", 0)
+    lam: float | int | None = learning("smd: weight λ of track 2, KL(π_dense ‖ π_shadow)", 0)
     kl_ref: float | int | None = learning("weight of the KL penalty to the base policy (estimator k3)", 0)
     epochs: int | None = learning("updates per batch of rollouts", 1)
     accumulate: int | None = learning("gradient accumulation: parts of a batch, for less memory", 1)
     reward: str | None = asking("--data: compare the whole text, or the last number", tasks.REWARDS)
-    asked: int | None = asking("letters of an answer or, with --model, codes", 1)
+    asked: int | None = asking("length of an answer: letters or, with --model, codes", 1)
     template: str | None = asking("--model: plain, or a text with {prompt} (default: its chat template, else plain)")
     warmup_steps: int | None = asking("supervised steps of the base policy", 0)
     eval_every: int | None = running("steps between evaluations on held-out prompts; 0: only before and after", 0)
-    eval_prompts: int | None = running("most held-out prompts per evaluation", 1)
+    eval_prompts: int | None = running("maximum number of held-out prompts per evaluation", 1)
     device: str | None = running("device to compute on", ("cpu", "cuda"), free=True)
     backend: str | None = running("attention (default: triton on cuda, else torch)", kernel.BACKENDS, free=True)
     dtype: str | None = running("type of activations; weights are float32", ("float32", "bfloat16"))
@@ -175,7 +175,8 @@ def check_values(s: Settings) -> None:
         value, name, limit = getattr(s, f.name), flag(f.name), f.metadata["limit"]
         if value is None:
             continue
-        require(isinstance(value, f.type), f"{name} must be {f.type}, got {value!r}")
+        types = [kind.__name__ for kind in get_args(f.type) or [f.type] if kind is not type(None)]
+        require(isinstance(value, f.type), f"{name} must be {' or '.join(types)}, got {value!r}")
         if isinstance(value, str):  # no file name may hold NUL
             require("\0" not in value, f"{name} must be text without NUL characters, got {value!r}")
         if isinstance(limit, int):
@@ -196,7 +197,7 @@ def read_config(out: Path, *more: str) -> dict:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in [*FIXED, "steps", *more]}
     except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{out / 'config.json'} is damaged ({in_short(e)}); take another --out") from e
+        raise UsageError(f"{out / 'config.json'} is damaged ({in_short(e)}); choose another --out") from e
 
 
 def checked(s: Settings) -> Settings:
@@ -213,14 +214,14 @@ def checked(s: Settings) -> Settings:
     require(s.asked is None or s.data is None, "--asked has no effect with --data; leave it out")
     require(s.template is None or s.model is not None, "--template needs --model")
     weighted = METHODS[s.method].weight is not None
-    advice = f"--objective dpo weights no tokens; take --method dense, naive or smd, got {s.method}"
+    advice = f"--objective dpo uses no importance weights; choose --method dense, naive or smd, got {s.method}"
     require(s.objective != "dpo" or not weighted, advice)
-    advice = f"--objective {s.objective} compares a prompt's samples; give --samples 2 or more, got 1"
+    advice = f"--objective {s.objective} needs at least two samples per prompt; give --samples 2 or more, got 1"
     require(s.objective == "ppo" or s.samples > 1, advice)
-    require(s.prompt is None or parallel.COUNT == 1, "--prompt is answered by one process; start it without torchrun")
+    require(s.prompt is None or parallel.COUNT == 1, "--prompt does not work under torchrun; start one process")
     share, rest = divmod(s.prompts, parallel.COUNT)
     require(rest == 0, f"--prompts must be a multiple of the {parallel.COUNT} processes, got {s.prompts}")
     require(s.accumulate <= share, f"--accumulate must be at most the {share} prompts per process, got {s.accumulate}")
     inside = None not in (s.model, s.out) and Path(s.model).resolve().is_relative_to(Path(s.out).resolve())
-    require(not inside, f"--model {s.model} lies in --out {s.out}; take another --out")
+    require(not inside, f"--model {s.model} lies in --out {s.out}; choose another --out")
     return s

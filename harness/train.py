@@ -185,4 +185,4 @@ def main(argv: list[str] | None = None) -> int:
             files.restore(Path(settings.out) / "checkpoint.pt", policy)
         print(agent.answer(settings.prompt))
 
-    return cli.run_command(run, "smd.py", speaks=parallel.LOCAL_RANK == 0)
+    return cli.run_command(run, "smd.py", prints_errors=parallel.LOCAL_RANK == 0)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def test_the_output_of_a_run(tmp_path, capsys, monkeypatch):
         "step 1: 0.0% right with the sparse cache",
         "resumed at step 1 of 2",
         "held-out accuracy     before    after",
-        f"the run is in {out}, its picture is {out}/curves.png",
+        f"run folder: {out}; plot: {out}/curves.png",
         f"try: python {os.path.relpath(smd.__file__)} --resume --out={out} --prompt='",
     ):
         assert part in printed, part
@@ -93,9 +94,9 @@ def bad_inputs(tmp: Path) -> list[tuple[list[str], str]]:
         (["--seed", str(2**64)], f"--seed must be at least 0 and below 2**63, got {2**64}"),
         (["--eviction", "lru"], "--eviction must be one of streaming, snapkv"),
         (["--method", "ppo"], "--method must be one of dense, naive, tis"),
-        (["--objective", "dpo", "--method", "tis"], "weights no tokens; take --method dense, naive or smd, got tis"),
+        (["--objective", "dpo", "--method", "tis"], "no importance weights; choose --method dense, naive or smd"),
         (["--objective", "reinforce"], "--objective must be one of grpo, dr_grpo, ppo, dpo"),
-        (["--samples", "1"], "--objective grpo compares a prompt's samples; give --samples 2 or more, got 1"),
+        (["--samples", "1"], "--objective grpo needs at least two samples per prompt; give --samples 2 or more, got 1"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "magic"], "--backend must be one of torch"),
         (["--bugdet", "3"], "unrecognized arguments: --bugdet"),
@@ -104,13 +105,13 @@ def bad_inputs(tmp: Path) -> list[tuple[list[str], str]]:
         (["--out", "/dev/null/run"], "Not a directory"),
         (["--out", file], "File exists"),
         (["--out", "x" * 300], "File name too long"),
-        (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue it, delete it"),
+        (["--out", done.out, *argv(dataclasses.replace(done, out=None))], "add --resume to continue, delete it"),
         (["--resume", "--out", file], "Not a directory"),
         (["--resume", "--out", str(tmp / "nowhere")], "No such file"),
         (["--resume", "--out", str(tmp / "broken")], "config.json is damaged"),
         (["--resume"], "--resume needs --out"),
         ([*resume, "--method", "naive"], "holds a run with --method smd, not naive"),
-        ([*resume, "--steps", "1"], "is at step 2 already"),
+        ([*resume, "--steps", "1"], "has completed 2 steps"),
         ([*resume, "--prompt", ""], "the prompt must not be empty"),
         ([*resume, "--prompt", "x" * 2048], "a prompt of 2048 tokens with --max-new 3 exceeds the context of 2048"),
         (["--prompt", "abba?a"], "--prompt needs a policy: give --resume and --out, or --model"),
@@ -187,8 +188,8 @@ def test_settings_from_a_command_line_and_from_python():
     assert {"steps", "out", "device"}.isdisjoint(FIXED) and {"seed", "budget"} <= set(FIXED)
     checked(Settings(lr=1))
     for wrong, message in (
-        (dict(method=3), r"--method must be str \| None, got 3"),
-        (dict(budget=0.5), r"--budget must be int \| str \| None, got 0.5"),
+        (dict(method=3), r"--method must be str, got 3"),
+        (dict(budget=0.5), r"--budget must be int or str, got 0.5"),
         (dict(lr="fast"), "--lr must be float .*, got 'fast'"),
         (dict(resume=None, steps=-1), "--steps must be at least 0"),
     ):
@@ -221,10 +222,10 @@ def test_the_help_lists_every_setting_with_its_default(capsys):
     for default in (
         "random} (default: snapkv)",
         "in percent (default: 22; with --data 50%; with --model 25%)",
-        "longest response, in tokens (default: 7; with --data 128; with --model 4)",
+        "maximum length of a response, in tokens (default: 7; with --data 128; with --model 4)",
         "codes (default: 6; with --model 1)",
         "number} (default: with --data exact)",
-        "the sparse (default: 0.1)",
+        "KL(π_dense ‖ π_shadow) (default: 0.1)",
     ):
         assert default in printed, default
 
@@ -239,8 +240,8 @@ def test_the_table_and_the_last_line(capsys, monkeypatch):
     assert lines[1].split() == ["sparse", "cache", "12.5%", "25.0%"]
     assert lines[2].split() == ["dense", "cache", "50.0%", "75.0%"]
     assert lines[3].endswith(": 2.0e-07") and lines[4].endswith("log π_sparse|: 1.5e+00")
-    assert "saw 64% of the tokens before it" in lines[5] and "2.00 GB" in lines[6]
-    assert "picture could not be drawn (ZeroDivisionError: division by zero)" in lines[7]
+    assert "attend to: 64%" in lines[5] and "2.00 GB" in lines[6]
+    assert "no plot (ZeroDivisionError: division by zero)" in lines[7]
     for prompt in ("a b?", "-5 + 3", "--help", "it's", "two\nlines", "$HOME `x` \\ *"):
         report.conclude([], summary | dict.fromkeys(figures), "smd", prompt)
         words = shlex.split(capsys.readouterr().out.partition("try: ")[2])
@@ -365,3 +366,22 @@ def test_a_short_prompt_is_answered_with_the_least_budget_of_the_policy():
     assert first == "--budget 50% of 4 tokens is less than snapkv always keeps: 7 are kept"
     assert answers[0].startswith("sparse cache: ") and "dense cache: " in answers[-1]
     assert Agent(s).answer("abcdefghijkl?a").startswith("sparse cache: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes."),
+    ],
+    ids=["python", "cpu", "cuda"],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    assert cli.run_command(main, "it") == 2
+    assert re.fullmatch(r"it: out of memory \(.*\); give fewer --prompts.*\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="another"):
+        cli.run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")), "it")

@@ -557,7 +557,7 @@ def test_a_model_that_has_changed_is_not_resumed(tmp_path, capsys):
         (folder / changed).write_bytes(content + b" " if changed.endswith("json") else content[:-1] + b"\x3f")
         for more in (["--steps", "2"], ["--prompt", "x"]):
             assert train.main([*resume, *more]) == 2
-            assert "has changed since; use another --out" in capsys.readouterr().err.splitlines()[-1], changed
+            assert "has changed since; choose another --out" in capsys.readouterr().err.splitlines()[-1], changed
         (folder / changed).write_bytes(content)
     assert train.main([*resume, "--steps", "2"]) == 0
 

@@ -48,9 +48,9 @@ def in_processes(count: int, folder: Path, call: str) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
 
 
-def agent_in_float64(s: Settings) -> Agent:
+def agent_in_float64(s: Settings, plain: bool = False) -> Agent:
     """An untrained layer whose responses end early, so that those of one process may all be shorter than another's."""
-    agent = Agent(s)
+    agent = Agent(s, plain)
     agent.config = dataclasses.replace(agent.config, layers=1)
     agent.model = TinyModel(agent.config).double()
     table = agent.model.embed_tokens.weight.detach()
@@ -225,7 +225,7 @@ def test_settings_that_processes_cannot_share(monkeypatch, capsys):
         (["--prompts", "30"], "--prompts must be a multiple of the 4 processes, got 30"),
         (["--accumulate", "9"], "--accumulate must be at most the 8 prompts per process, got 9"),
         (["--device", "cuda"], "--nproc-per-node must be at most the 2 CUDA devices"),
-        (["--prompt", "hello", "--model", "smollm2"], "--prompt is answered by one process; start it without torchrun"),
+        (["--prompt", "hello", "--model", "smollm2"], "--prompt does not work under torchrun; start one process"),
     ):
         for rank, lines in ((0, 1), (1, 0)):  # all processes of a machine find the same error; the first prints it
             monkeypatch.setattr(parallel, "LOCAL_RANK", rank)

@@ -187,7 +187,7 @@ def test_no_value_that_is_not_finite_is_written(tmp_path, capsys, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match=message) as raised:
             patch.setattr(owner, name, function)
             train.train(dataclasses.replace(settings, resume=True))
-        kept = f"stopped after step {steps}; --resume --out={out} continues from the last checkpoint"
+        kept = f"stopped after step {steps}; start again with --resume --out={out} to continue"
         assert raised.value.__notes__ == [kept]
         assert is_finite(out) and len(rows_of(out)) == steps
         if steps == 0:
@@ -232,7 +232,7 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path, monkeypatch):
     # another run that begins and ends between the check of --out and the lock
     late = runs.Run(settings)
     train.train(tiny(tmp_path, steps=0))
-    with pytest.raises(cli.UsageError, match="add --resume to continue it, delete it"):
+    with pytest.raises(cli.UsageError, match="add --resume to continue, delete it"):
         late.__enter__()
 
 
@@ -289,11 +289,11 @@ def test_a_damaged_file_of_weights_says_what_helps(tmp_path, capsys, monkeypatch
     del state["optimizer"]
     files.save(path, state)
     assert train.main(argv(dataclasses.replace(settings, resume=True))) == 2
-    assert "is missing or damaged (KeyError: 'optimizer'); delete it to begin anew" in capsys.readouterr().err
+    assert "or damaged (KeyError: 'optimizer'); delete a damaged file to start again" in capsys.readouterr().err
     (file,) = Path("cache").glob("base-*.pt")
     file.write_bytes(file.read_bytes()[:1000])
     assert train.main(argv(tiny(tmp_path, "again", steps=0))) == 2
-    assert "zip file); delete it to begin anew" in capsys.readouterr().err
+    assert "zip file); delete a damaged file to start again" in capsys.readouterr().err
     file.unlink()
     path.unlink()
     train.train(dataclasses.replace(settings, resume=True))
@@ -387,7 +387,7 @@ def test_an_error_in_a_reward_stops_the_run_and_says_where(error, act, message, 
     with pytest.raises(error, match=message) as raised:
         train.train(tiny(tmp_path, eval_prompts=1), reward=reward)
     *by_reward, by_run = raised.value.__notes__
-    assert by_run == f"stopped after step 2; --resume --out={tmp_path}/run continues from the last checkpoint"
+    assert by_run == f"stopped after step 2; start again with --resume --out={tmp_path}/run to continue"
     if error is ZeroDivisionError:
         assert by_reward[0].startswith("raised by the reward test_an_error_in_a_reward")
         assert raised.traceback[-1].name == "<lambda>"
