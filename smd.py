@@ -42,7 +42,7 @@ from tiny_model import TinyModel, at_least_float32, causal_attention, rope_posit
 
 EOS_CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two checks for EOS and NaN; each check synchronises CUDA
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # the learner needs some ten times as many numbers at once
-MAX_GRAD_NORM = 1.0
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # the relative spread from which on a difference of rewards counts
 Uniform = Callable[..., Tensor]  # see `torch_uniform`
 

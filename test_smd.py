@@ -455,9 +455,10 @@ class Oracle:
 
     def snapkv(self, layer, g, keys, now):
         half = self.eviction.pool // 2
-        total = sum(softmax(row) for _, row in self.window_rows(layer, g, keys))
+        # means, as in the definition: which scores tie in float32 depends on their scale
+        total = sum(softmax(row) for _, row in self.window_rows(layer, g, keys)) / (self.M * self.eviction.window)
         total = [0.0 if key.column >= now - self.eviction.window else t for key, t in zip(keys, total, strict=True)]
-        return [sum(total[max(0, n - half) : n + half + 1]) for n in range(len(keys))]
+        return [sum(total[max(0, n - half) : n + half + 1]) / self.eviction.pool for n in range(len(keys))]
 
     def h2o(self, layer, g, keys, now):
         latest = self.budget - self.budget // 2
@@ -466,7 +467,7 @@ class Oracle:
     def tova(self, layer, g, keys, now):
         total = 0.0
         for h in range(self.c.heads):
-            total += softmax(self.scores(self.queries[layer, h][-1][1], self.held[layer, h // self.M]))
+            total += softmax(self.scores(self.queries[layer, h][-1][1], self.held[layer, h // self.M])) / self.c.heads
         return [*total[:-1], math.inf]
 
     def knorm(self, layer, g, keys, now):
@@ -494,9 +495,9 @@ class Oracle:
 
 
 def check_against_oracle(model, rollout, eviction) -> None:
-    """Log-probs and shadow mask of every fourth sequence, and the mask's padding."""
+    """Log-probs and shadow mask of the second sample of each prompt, and the mask's padding."""
     B, S = len(rollout.response_BR), len(rollout.response_BR) // len(rollout.prompt_NP)
-    for b in range(1, B, 4):
+    for b in range(1, B, S):
         pad, length = rollout.pad_N[b // S].item(), rollout.length_B[b].item()
         prompt, response = rollout.prompt_NP[b // S, pad:].tolist(), rollout.response_BR[b, :length].tolist()
         oracle = Oracle(model, prompt, response, eviction, functools.partial(hashed, 0), (B + b // S, b))
@@ -514,6 +515,7 @@ def check_against_oracle(model, rollout, eviction) -> None:
 CASES = {  # kv heads for 4 query heads, then what differs from `EVICTION`, and from `ragged_rollout`
     "grouped-heads": (2, {}, {}),
     "eviction-at-every-token": (4, dict(interval=1), {}),
+    "one-key-less-than-the-prompt": (2, dict(budget=29), {}),
     "share-of-the-prompt": (2, dict(budget=Fraction(2, 5)), {}),
     "protected-prompt": (2, dict(budget=5, sinks=4, protect="prompt"), dict(lengths=(17, 2, 30, 12), max_new=24)),
     "prompt-shorter-than-window": (2, dict(window=6), dict(lengths=(4, 3), samples=2, max_new=24)),
@@ -1056,10 +1058,9 @@ def share_of_sevens(rollout):
     return ((rollout.response_BR == 7) & rollout.mask_BR).float().mean(dim=1)
 
 
-def test_a_training_step_follows_the_clipped_gradient_of_its_loss(monkeypatch):
-    monkeypatch.setattr(smd, "MAX_GRAD_NORM", 1e-3)
-    config, runtime = Config(eviction=EVICTION, samples=4, max_new=6), Runtime()
-    model, old = small_model(), small_model()
+def test_a_training_step_follows_the_clipped_gradient_of_its_loss():
+    config, runtime = Config(eviction=EVICTION, samples=4, max_new=6, lam=1e3), Runtime()
+    model, old = small_model(layers=3), small_model(layers=3)
     torch.manual_seed(0)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     row = smd.train_step(model, sgd, *ragged_prompts(), share_of_sevens, config)
@@ -1068,9 +1069,9 @@ def test_a_training_step_follows_the_clipped_gradient_of_its_loss(monkeypatch):
     batch = smd.prepare(old, rollout, share_of_sevens(rollout), config, runtime)
     loss, _ = smd.learner_loss(old, batch, batch.totals(runtime), config, runtime)
     slope = gradient(loss, old)
-    assert slope.norm() > 2e-3, "not clipped"
+    assert slope.norm() > 2, "not clipped"
     step = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), old.parameters(), strict=True)])
-    compare("step", step, -1e-3 * slope / slope.norm(), 1e-9)
+    compare("step", step, -slope / slope.norm(), 1e-9)
     for name, x in dict(loss=loss, grad_norm=slope.norm(), reward=share_of_sevens(rollout).mean()).items():
         assert math.isclose(row[name], x.item(), rel_tol=1e-5), name
     assert all(p.grad is None for p in model.parameters())
