@@ -38,8 +38,8 @@ def agent_of(**given) -> Agent:
 def add_flags(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags of experiments with many runs."""
     parser.add_argument("--model", help="a pretrained model, as for a run")
-    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each kind, with seeds 0, 1, ...")
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds, 0 and up (default: {seeds})")
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs in parallel")
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, table: Path) -> list[dict]:

@@ -50,7 +50,8 @@ def main() -> None:
     points = grids[given.sweep]
     default = dict(model=given.model) | default
     jobs = [default | point | dict(seed=seed) for seed in range(given.seeds) for point in points]
-    rows = run_all(Path("out/sweep/runs"), jobs, given.jobs, Path("out/sweep") / f"{given.sweep}.csv")
+    out = Path("out/sweep-of-model" if given.model else "out/sweep")
+    rows = run_all(out / "runs", jobs, given.jobs, out / f"{given.sweep}.csv")
     by = list(dict.fromkeys(name for point in points for name in point))
     print(markdown(rows, by, SHOWN))
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import smd
 from experiments.common import agent_of, command, markdown
-from experiments.compare import SEARCH_SEED
+from experiments.compare import SEARCH_SEEDS
 from harness.cli import require
 from harness.settings import read_config
 
@@ -35,7 +35,7 @@ def main() -> None:
     rows = []
     for run in tqdm([path.parent.parent for path in sorted(given.runs.glob("*/model/config.json"))]):
         config = read_config(run)
-        if config["seed"] != SEARCH_SEED and config["method"] in given.methods:
+        if config["seed"] not in SEARCH_SEEDS and config["method"] in given.methods:
             rows.append(dict(method=config["method"], seed=f"seed {config['seed']}") | tolerated(run, config))
     require(rows, f"{given.runs} has no such run of a model; make some with experiments.compare --model")
     print(markdown([dict(row, seed="all") for row in rows] + rows, ["method", "seed"]))

@@ -123,9 +123,11 @@ def test_a_comparison_searches_beyond_the_ends_and_reports_the_best_rates(monkey
     first, second, last = run_in(monkeypatch, f"{words} --out {tmp_path}", figures)
     assert {(job["model"], job["budget"]) for job in first + second + last} == {("smollm2", "12%")}
     grid = [(method, lr) for method in ("smd", "tis") for lr in (0.1, 0.2, 0.4)]
-    assert [(job["method"], job["lr"]) for job in first] == grid
-    assert [(job["method"], job["lr"]) for job in second] == [*grid, ("smd", 0.8)]
-    assert {job["seed"] for job in second} == {compare.SEARCH_SEED}
+    for jobs, rates in ((first, grid), (second, [*grid, ("smd", 0.8)])):
+        searched = [(*rate, seed) for seed in (100, 101) for rate in rates]
+        assert [(job["method"], job["lr"], job["seed"]) for job in jobs] == searched
+    means = [dict(method="smd", lr=lr, reward_last=reward) for lr, reward in ((1, 0.0), (1, 0.9), (2, 0.5), (2, 0.5))]
+    assert compare.best_rates(means) == {"smd": 2}, "the mean over the seeds decides"
     best = [("smd", 0.8), ("tis", 0.2)]
     assert [(job["method"], job["lr"], job["seed"]) for job in last] == [(*b, seed) for seed in (0, 1) for b in best]
     out = capsys.readouterr().out
