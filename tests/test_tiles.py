@@ -275,7 +275,7 @@ def compile_all() -> None:
     # float32 takes the same blocks everywhere: on the architecture with the least shared memory
     shapes += [("float32", 128, 120, 128)]
     # short sequences
-    shapes += [("float32", 64, 90, 16), ("float32", 64, 120, 16), ("bfloat16", 64, 80, 64)]
+    shapes += [("float32", 64, 90, 16), ("bfloat16", 64, 80, 64)]
     jobs = [(name, *shape) for name in names for shape in shapes]
     with ProcessPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(compile_ahead, jobs))))
@@ -288,7 +288,7 @@ def test_the_kernels_compile_ahead_of_time():
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     results = json.loads(run.stdout.splitlines()[-1])
-    assert len(results) == 3 * (4 + 2 + 1 + 3)
+    assert len(results) == 3 * (4 + 2 + 1 + 2)
     for r in results:
         name, dtype, D, capability, least = r["job"]
         assert r["shared"] <= ARCHITECTURES[capability] and r["spilled"] == 0, r
