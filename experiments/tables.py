@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.common import SHOWN, command, group, markdown, mean_and_interval, numbers, read_csv
+from experiments.common import command, group, markdown, mean_and_interval, numbers, read_csv
 from harness.agent import CACHES
 from harness.cli import require
 from harness.report import colour
@@ -20,8 +20,9 @@ from harness.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parents[1] / "assets"
-SETTINGS = ["cache", "tokens", *(field.name for field in dataclasses.fields(Settings) if field.name != "seed")]
-FIGURES = [*SHOWN, "bytes", "tokens_per_second"]
+FIGURES = ["sparse", "dense", "reward", "kl_sparse_dense", "ess_sequence", "overlap_p05", "bytes", "tokens_per_second"]
+# "reward" is a setting, too, but in a file of results it is the mean reward
+SETTINGS = {"cache", "tokens", *(field.name for field in dataclasses.fields(Settings))} - {"seed", *FIGURES}
 
 
 def over_steps(rows: list[dict]) -> list[str]:
