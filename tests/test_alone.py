@@ -17,7 +17,7 @@ def python(folder, *arguments: str) -> str:
     """What Python prints in a folder that has the method's files and their proof, without the project's path."""
     for name in (*METHOD, "test_smd.py"):
         shutil.copy(ROOT / name, folder)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "TRITON"))}
     command = [sys.executable, *arguments]
     run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
