@@ -1,7 +1,9 @@
 """Devices, backends and number types: differences between a GPU and a CPU, tested on a CPU."""
 
 import dataclasses
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +64,16 @@ def test_the_check_of_the_kernels_passes_and_can_fail(monkeypatch, capsys):
     monkeypatch.setitem(kernel.BACKENDS, "torch", lambda *args: 1.1 * kernel.attention_torch(*args))
     assert all(error > kernel.LIMIT for error in kernel.check(device).values())
     assert capsys.readouterr().out.count("WRONG") == 2
+
+
+@needs_triton
+def test_kernel_py_checks_itself_as_a_command():
+    """It turns on Triton's interpreter where there is no GPU. One case stands for the eight of the command."""
+    code = "import itertools, runpy, torch; itertools.product = lambda *_: [(torch.float32, 64, 87)]; "
+    code += "runpy.run_path('kernel.py', run_name='__main__')"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("ok") == 1, run.stderr
 
 
 def test_checking_for_eos_every_five_tokens_changes_nothing(monkeypatch):
