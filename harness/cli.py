@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-OUT_OF_MEMORY = "out of memory", "can't allocate memory", "not enough memory"  # in torch's errors
+OUT_OF_MEMORY = "out of memory", "can't allocate memory", "not enough memory", "bad_alloc"  # in torch's errors
 
 
 class UsageError(ValueError):
@@ -32,12 +32,12 @@ def in_short(error: BaseException) -> str:
 def run_command(main: Callable[[], None], name: str, prints_errors: bool = True) -> int:
     """Run a command and return its exit code: 2 for an error that the user can fix, 130 for Ctrl-C and SIGTERM.
 
-    The error's message and its notes (`add_note`) are printed on one line. prints_errors: False in a process whose
-    errors another process prints.
+    The error's message and its notes (`add_note`) are printed on one line. prints_errors: False in a process beside
+    another that prints the errors which all processes raise.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's output lacks it, and encodes all characters
         sys.stdout.reconfigure(errors="backslashreplace")  # print π as an escape where the terminal has no such letter
-    error, message, code = None, "", 0
+    error, message, code, shared = None, "", 0, False
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
@@ -48,17 +48,17 @@ def run_command(main: Callable[[], None], name: str, prints_errors: bool = True)
     except KeyboardInterrupt as e:
         error, message, code = e, "interrupted", 130
     except ModuleNotFoundError as e:
-        error, message, code = e, f"the package {e.name} is missing: pip install {e.name}", 2
+        error, message, code, shared = e, f"the package {e.name} is missing: pip install {e.name}", 2, True
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does: end silently, with SIGPIPE's exit code
         code = 141
     except (UsageError, FloatingPointError, OSError) as e:
-        error, message, code = e, str(e), 2
+        error, message, code, shared = e, str(e), 2, True
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
             raise
         advice = "give fewer --prompts, --samples or --eval-prompts, or a larger --accumulate"
         error, message, code = e, f"out of memory ({in_short(e)}); {advice}", 2
-    if not prints_errors:
+    if shared and not prints_errors:
         return 0  # another exit code could let torchrun kill the other process before it has printed the error
     if message:
         with contextlib.suppress(OSError):

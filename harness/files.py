@@ -31,10 +31,12 @@ def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except RuntimeError as e:
-        if isinstance(e.__context__, OSError):  # of a full disk, which torch.save replaces by its own error
-            raise e.__context__ from None
-        raise
+    except (OSError, RuntimeError) as e:
+        # torch.save replaces the error of a full disk by its own
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

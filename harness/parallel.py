@@ -27,7 +27,8 @@ def begin(device: str) -> None:
         return
     if device == "cuda":
         found = torch.cuda.device_count()
-        require(found >= LOCAL_COUNT, f"torchrun's --nproc-per-node must be at most the {found} CUDA devices here")
+        advice = f"--nproc-per-node must be at most the {found} CUDA devices here; or take --device cpu"
+        require(found >= LOCAL_COUNT, advice)
         torch.cuda.set_device(LOCAL_RANK)
     # the other processes wait while the first makes the base policy
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -65,8 +66,10 @@ def raise_on_all_ranks(f: Callable, *args):
     result = error = None
     try:
         result = f(*args)
-    except (UsageError, FloatingPointError, OSError) as e:
+    except (UsageError, FloatingPointError) as e:
         error = e
+    except OSError as e:  # not all of these can be sent to another process
+        error = UsageError(str(e))
     for raised in gather(error):
         if raised is not None:
             raise raised

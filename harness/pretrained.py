@@ -75,10 +75,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def check_weights(whole: nn.Module, files: list[Path]) -> None:
-    """UsageError for two faults that transformers does not report: integer weights, and a tied head that differs."""
+    """UsageError for faults that transformers does not report: NaN, integer weights, and a tied head that differs."""
     from safetensors import safe_open
 
-    names = whole.state_dict().keys()
+    weights = whole.state_dict()
+    names = weights.keys()
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    require(not bad, f"the tensor {bad[:1]} is not finite")
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
@@ -165,7 +168,9 @@ class NoLayers(nn.Module):
     def forward(self, *_, inputs_embeds: Tensor, **__):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        found = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        found.cross_attentions = None  # some heads, such as that of GPT-2, ask for it
+        return found
 
 
 class Pretrained(nn.Module):
@@ -243,6 +248,8 @@ def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
             require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(wrong)[:3]))}")
         check_weights(whole, files)
         ours = Pretrained(whole)
+        largest, vocab = max(tokenizer.get_vocab().values()), ours.config.vocab
+        require(largest < vocab, f"its tokenizer has an id {largest}, and the model {vocab} tokens")
         ours.check(torch.tensor([0, 5]), 8)
         ours.check(torch.tensor([0]), min(300, ours.config.context) - 8)
         return ours, Chat(tokenizer, template, whole.generation_config.eos_token_id)

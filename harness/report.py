@@ -39,7 +39,7 @@ class Progress(tqdm):
         return self
 
     def __exit__(self, *_) -> None:
-        self.shown.remove(self)
+        self.shown.pop()  # not `remove`: tqdm compares bars by their position, and all have the same
         self.close()
 
     def step(self, **figures: float) -> None:

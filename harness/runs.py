@@ -67,6 +67,7 @@ class Run:
         self.fingerprint = fingerprint(s)
         self.rows: list[dict] = []
         self.before: dict[str, float] = {}  # accuracies of the base policy
+        self.saved = 0  # step of the last checkpoint
         self.began = time.perf_counter()
         self.lock = None
         if s.out:
@@ -106,7 +107,8 @@ class Run:
             self.lock.release()
         if error is not None and self.before and self.checkpoint_path.exists():
             flags = shlex.join(["--resume", f"--out={self.out}"])
-            error.add_note(f"stopped after step {len(self.rows)}; start again with {flags} to continue")
+            done = len(self.rows)
+            error.add_note(f"stopped after step {done}; start again with {flags} to continue from step {self.saved}")
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Load the last checkpoint; False for a run that has none yet. Then begin to write to the folder."""
@@ -117,7 +119,7 @@ class Run:
             done = state["step"]
             fits = done <= s.steps
             require(fits, f"--out {self.out} has completed {done} steps; --steps must be at least that, got {s.steps}")
-            self.rows, self.before = state["rows"], state["before"]
+            self.rows, self.before, self.saved = state["rows"], state["before"], done
             self.began -= state["seconds"]
         parallel.on_rank0(self.begin_to_write)
         backend = kernel.backend_for(s.device, s.backend)
@@ -171,6 +173,7 @@ class Run:
         state = dict(step=len(self.rows), rows=self.rows, before=self.before, seconds=time.perf_counter() - self.began)
         state |= dict(weights=policy.state_dict(), optimizer=optimizer.state_dict())
         parallel.on_rank0(files.save, self.checkpoint_path, state)
+        self.saved = len(self.rows)
 
     def finish(self, after: dict[str, float], prompt: str) -> dict:
         """Write summary.json and the picture, print the table and a prompt to try; return the summary."""

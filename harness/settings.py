@@ -176,7 +176,8 @@ def check_values(s: Settings) -> None:
         if value is None:
             continue
         types = [kind.__name__ for kind in get_args(f.type) or [f.type] if kind is not type(None)]
-        require(isinstance(value, f.type), f"{name} must be {' or '.join(types)}, got {value!r}")
+        fits = isinstance(value, f.type) and (f.type is bool or not isinstance(value, bool))
+        require(fits, f"{name} must be {' or '.join(types)}, got {value!r}")
         if isinstance(value, str):  # no file name may hold NUL
             require("\0" not in value, f"{name} must be text without NUL characters, got {value!r}")
         if isinstance(limit, int):
@@ -196,6 +197,8 @@ def read_config(out: Path, *more: str) -> dict:
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in [*FIXED, "steps", *more]}
+    except OSError as e:
+        raise UsageError(f"--out {out} holds no run to resume ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{out / 'config.json'} is damaged ({in_short(e)}); choose another --out") from e
 
@@ -205,10 +208,11 @@ def checked(s: Settings) -> Settings:
     require(s.out is not None or not s.resume, "--resume needs --out, the folder of the run to continue")
     can_answer = s.resume or s.model is not None
     require(s.prompt is None or can_answer, "--prompt needs a policy: give --resume and --out, or --model")
+    check_values(s)
     if s.resume:
         s = fill_in(s, read_config(Path(s.out)))
+        check_values(s)
     s = fill_in(s, defaults(s))
-    check_values(s)
     parse_budget(s.budget)
     require(s.reward is None or s.data is not None, "--reward needs --data; the other tasks have their own reward")
     require(s.asked is None or s.data is None, "--asked has no effect with --data; leave it out")

@@ -20,8 +20,9 @@ from kernel import LayerMask, ShadowMask, accumulation_dtype, backend_for, shado
 from smd import Cache, LayerCache, Rollout, Runtime, live_last, take, window_attention
 from tiny_model import TinyModel, causal_attention, rope_positions
 
-# elements of keys, or pairs of keys, that are upcast at a time: the float64 copies should stay in a CPU's cache
+# elements of keys that are upcast at a time: the float64 copies should stay in a CPU's cache
 ELEMENTS_PER_CHUNK = {"cpu": 2**19, "cuda": 2**25}
+PAIRS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}  # pairs of keys that a policy may compare at a time
 QUERIES_PER_SCORE = {"cpu": 16, "cuda": 512}  # queries of a prompt whose attention h2o sums at a time
 
 
@@ -103,9 +104,9 @@ class SharedLayer:
             self.received_BGK = self.received_BGK.gather(-1, slot_BGn)
 
 
-def chunks(rows: int, elements: int, device: torch.device) -> list[slice]:
-    """Slices of rows with at most ELEMENTS_PER_CHUNK elements, or one row; a row has this many elements."""
-    step = max(1, ELEMENTS_PER_CHUNK.get(device.type, 2**25) // max(1, elements))
+def chunks(rows: int, elements: int, device: torch.device, limits: dict[str, int]) -> list[slice]:
+    """Slices of rows with at most so many elements as the device's limit, or one row; a row has `elements` elements."""
+    step = max(1, limits.get(device.type, limits["cuda"]) // max(1, elements))
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 
@@ -126,8 +127,8 @@ class SharedCache(Cache):
 
     def evict(self, layer: LayerCache) -> None:
         # in chunks of sequences, because rkv compares all pairs of a sequence's keys
-        B, G, K, D = layer.k_BGKD.shape
-        for b in chunks(B, G * K * max(K, D), layer.k_BGKD.device):
+        B, G, K, _ = layer.k_BGKD.shape
+        for b in chunks(B, G * K * K, layer.k_BGKD.device, PAIRS_PER_CHUNK):
             view = replaced(layer, **{name: x[b] for name, x in vars(layer).items() if isinstance(x, Tensor)})
             super().evict(view)  # records in layer.evicted_at_BGT, of which the view has a slice
             layer.live_BGK[b] = view.live_BGK
@@ -171,7 +172,7 @@ class SharedCache(Cache):
         layer.append(q, k, v)
         elements = layer.prompt_k_NGCD[0].numel() + self.S * layer.k_BGKD[0].numel()
         outs = []
-        for n in chunks(len(self.pad_N), elements, q.device):
+        for n in chunks(len(self.pad_N), elements, q.device, ELEMENTS_PER_CHUNK):
             b = slice(n.start * self.S, n.stop * self.S)
             keys = layer.k_BGKD[b], layer.v_BGKD[b], layer.prompt_k_NGCD[n], layer.prompt_v_NGCD[n]
             out_bH1D, received_bGK = shared_attention(q[b], *keys, ~layer.live_BGK[b, :, None])

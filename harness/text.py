@@ -58,8 +58,9 @@ class Chat(Form):
             self.template = "{prompt}" if template in (None, "plain") else template
             has_place = "{prompt}" in self.template
             require(has_place, f"--template must be plain or a text with {{prompt}}, got {template!r}")
-            adds_end = tokenizer.encode("a")[-1] in self.special
-            require(not adds_end, "its tokenizer adds a special token at the end of a text")
+            plain = self.encode("a")
+            adds_end = tokenizer.encode("a")[-len(plain) :] != plain
+            require(not adds_end, "its tokenizer adds tokens at the end of a text")
         self.ends = tuple(dict.fromkeys(token for token in ends if token is not None))
         require(bool(self.ends), "neither its config nor its tokenizer has a token that ends a text")
 

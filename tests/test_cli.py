@@ -260,6 +260,9 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch):
             progress.step(reward=0.25)
             assert "3/10" not in stream.getvalue()
             clock[0] = late
+            with report.Progress(desc="inner", total=1):
+                assert report.Progress.shown[-1] is not progress
+            assert report.Progress.shown[-1] is progress
             report.heartbeat()
             assert "3/10" in stream.getvalue() and "reward=0.25" in stream.getvalue()
         assert not stream.getvalue().split("\r")[-1].strip(), "the bar stays when all is done"

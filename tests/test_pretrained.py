@@ -72,6 +72,7 @@ FAMILIES = {
     "granite, which scales": ("Granite", GRANITE),
     "smollm3, a layer without positions": ("SmolLM3", dict(no_rope_layers=[1, 0])),
     "cohere, which scales its logits": ("Cohere", dict(logit_scale=0.25)),
+    "gpt2, whose head asks for cross attentions": ("GPT2", dict(num_key_value_heads=None)),
     "a mixture of experts": ("Mixtral", dict(sliding_window=None, num_local_experts=4)),
 }
 
@@ -223,7 +224,7 @@ DAMAGES = {
         "its head differs from the embedding, with which config.json ties it",
     ),
     "whole numbers": (tensors_with(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), "is quantized"),
-    "nan": (tensors_with(lambda t: t[NORM].fill_(math.nan)), "not finite"),
+    "nan": (tensors_with(lambda t: t[NORM].fill_(math.nan)), "the tensor ['model.norm.weight'] is not finite"),
     "a shard above": (shard_named("../part.safetensors"), "it holds no ../part.safetensors"),
     "a shard elsewhere": (shard_named("{}/part.safetensors"), "/part.safetensors"),
     "a shard that is a pickle": (shard_named("part.bin"), "it holds no part.bin"),
@@ -261,7 +262,7 @@ OTHERS = {
     ),
     "mamba": ("Mamba", {}, "or of another kind"),
     "convolutions": ("Lfm2", dict(layer_types=["full_attention", "conv"]), "not all of its layers are attention"),
-    "an encoder": ("Bert", {}, "of another kind"),
+    "an encoder": ("Bert", {}, "its log-probs, as they are computed here, are off by"),
     "a bias of positions": ("Bloom", {}, "of another kind"),
 }  # fmt: skip
 
@@ -271,6 +272,12 @@ def test_a_model_whose_attention_is_not_computed_here_is_refused(name, tmp_path,
     """Would catch attention sinks that are ignored, with logits off by 3.4."""
     family, changes, message = OTHERS[name]
     assert message in refused(model_folder(tmp_path / "model", family=family, **changes), capsys)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
+    tokenizer = tokenizer_of()
+    tokenizer.add_tokens(["<tool>"])
+    assert "its tokenizer has an id" in refused(model_folder(tmp_path / "model", tokenizer=tokenizer), capsys)
 
 
 @pytest.mark.parametrize("asked", [dict(position_bias=torch.ones(1)), dict(dropout=0.1), dict(is_causal=False)])

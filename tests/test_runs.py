@@ -187,7 +187,7 @@ def test_no_value_that_is_not_finite_is_written(tmp_path, capsys, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match=message) as raised:
             patch.setattr(owner, name, function)
             train.train(dataclasses.replace(settings, resume=True))
-        kept = f"stopped after step {steps}; start again with --resume --out={out} to continue"
+        kept = f"stopped after step {steps}; start again with --resume --out={out} to continue from step {steps}"
         assert raised.value.__notes__ == [kept]
         assert is_finite(out) and len(rows_of(out)) == steps
         if steps == 0:
@@ -387,7 +387,7 @@ def test_an_error_in_a_reward_stops_the_run_and_says_where(error, act, message, 
     with pytest.raises(error, match=message) as raised:
         train.train(tiny(tmp_path, eval_prompts=1), reward=reward)
     *by_reward, by_run = raised.value.__notes__
-    assert by_run == f"stopped after step 2; start again with --resume --out={tmp_path}/run to continue"
+    assert by_run == f"stopped after step 2; start again with --resume --out={tmp_path}/run to continue from step 2"
     if error is ZeroDivisionError:
         assert by_reward[0].startswith("raised by the reward test_an_error_in_a_reward")
         assert raised.traceback[-1].name == "<lambda>"
