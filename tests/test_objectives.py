@@ -502,7 +502,9 @@ class NoDefaultDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for x in tree_leaves((args, kwargs, made)):
-            assert not (isinstance(x, torch.Tensor) and x.is_meta), f"{func} uses a tensor without a device"
+            # torch 2.11's checkpoint makes empty ones
+            without = isinstance(x, torch.Tensor) and x.is_meta and x.numel() > 0
+            assert not without, f"{func} uses a tensor without a device"
         return made
 
 
