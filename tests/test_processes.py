@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import smd
-from harness import cli, parallel, report, tasks, train
+from harness import base, cli, parallel, report, tasks, train
 from harness.agent import Agent
 from harness.objectives import Policy
 from harness.settings import Settings, checked
@@ -137,6 +137,7 @@ def test_three_processes_are_one(tmp_path, monkeypatch):
     Would catch an advantage, weight or mean over a process's share, a process that follows its own gradient, and an
     error of one process for which the others wait forever.
     """
+    monkeypatch.setattr(base, "CACHE", tmp_path / "base")  # this model has one layer, that of other tests two
     monkeypatch.setattr(train, "Agent", agent_in_float64)
     monkeypatch.setattr(tasks, "accuracy", accuracy_of_bytes)
     train.train(run_of_a_group("run", 2), reward_of_bytes)
