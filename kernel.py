@@ -91,13 +91,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[T
     return out.reshape(B, H, Tq, D), weight
 
 
+def visibility(evicted_at: Tensor, q_start: int, Tq: int) -> Tensor:
+    """visible(i, j) of Tq queries from position q_start on and all keys, (B, G, Tq, Tk), from evicted_at (B, G, Tk)."""
+    i = q_start + torch.arange(Tq, device=evicted_at.device)[:, None]
+    j = torch.arange(evicted_at.shape[-1], device=evicted_at.device)
+    return (j <= i) & (i < evicted_at[:, :, None, :])
+
+
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, mask: "LayerMask", q_start: int) -> Tensor:
     """The definition, in plain PyTorch: `shadow_attention` without its checks."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor) -> Tensor:
-        i = q_start + torch.arange(q.shape[2], device=q.device)[:, None]
-        j = torch.arange(k.shape[2], device=q.device)
-        visible = (j <= i) & (i < evicted_at[:, :, None, :])  # [B, G, Tq, Tk]
+        visible = visibility(evicted_at, q_start, q.shape[2])
         out, _ = masked_attention(q, k, v, ~visible)
         # a query that sees nothing gives zeros and zero gradients
         blind = ~visible.any(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)

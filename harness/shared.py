@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import smd
-from kernel import LayerMask, ShadowMask, accumulation_dtype, backend_for, shadow_attention
+from kernel import LayerMask, ShadowMask, accumulation_dtype, backend_for, shadow_attention, visibility
 from smd import Cache, LayerCache, Rollout, Runtime, live_last, take, window_attention
 from tiny_model import TinyModel, causal_attention, rope_positions
 
 # elements of keys that are upcast at a time: the float64 copies should stay in a CPU's cache
 ELEMENTS_PER_CHUNK = {"cpu": 2**19, "cuda": 2**25}
-PAIRS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}  # pairs of keys that a policy may compare at a time
+KEY_PAIRS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}  # pairs of keys that a policy may compare at a time
 QUERIES_PER_SCORE = {"cpu": 16, "cuda": 512}  # queries of a prompt whose attention h2o sums at a time
 
 
@@ -105,7 +105,7 @@ class SharedLayer:
 
 
 def chunks(rows: int, elements: int, device: torch.device, limits: dict[str, int]) -> list[slice]:
-    """Slices of rows with at most so many elements as the device's limit, or one row; a row has `elements` elements."""
+    """Slices of rows within the device's limit of elements, at least one row each. elements: of one row."""
     step = max(1, limits.get(device.type, limits["cuda"]) // max(1, elements))
     return [slice(first, first + step) for first in range(0, rows, step)]
 
@@ -128,7 +128,7 @@ class SharedCache(Cache):
     def evict(self, layer: LayerCache) -> None:
         # in chunks of sequences, because rkv compares all pairs of a sequence's keys
         B, G, K, _ = layer.k_BGKD.shape
-        for b in chunks(B, G * K * K, layer.k_BGKD.device, PAIRS_PER_CHUNK):
+        for b in chunks(B, G * K * K, layer.k_BGKD.device, KEY_PAIRS_PER_CHUNK):
             view = replaced(layer, **{name: x[b] for name, x in vars(layer).items() if isinstance(x, Tensor)})
             super().evict(view)  # records in layer.evicted_at_BGT, of which the view has a slice
             layer.live_BGK[b] = view.live_BGK
@@ -243,12 +243,14 @@ def response_attention(
         S = len(q) // len(prompt_k)
         k, v = (torch.cat((p.repeat_interleave(S, dim=0), x), dim=2) for p, x in ((prompt_k, k), (prompt_v, v)))
         return shadow_attention(q, k, v, mask, P, backend)
-    i = P + torch.arange(R, device=q.device)[:, None]
-    j = torch.arange(P + R, device=q.device)
-    visible = (j <= i) & (i < mask.evicted_at[:, :, None])
-    inputs = q, k, v, prompt_k, prompt_v, ~visible
-    out, _ = checkpoint(shared_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return out.to(q.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, evicted_at: Tensor) -> Tensor:
+        out, _ = shared_attention(q, k, v, prompt_k, prompt_v, ~visibility(evicted_at, P, R))
+        return out.to(q.dtype)
+
+    # the backward pass recomputes the mask and the weights, as in `kernel.attention_torch`
+    inputs = q, k, v, prompt_k, prompt_v, mask.evicted_at
+    return checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 RUNTIME = Runtime(sample=sample, replay=replay)

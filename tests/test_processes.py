@@ -187,6 +187,9 @@ def test_the_share_of_a_process(monkeypatch):
 
 
 def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
+    with pytest.raises(FileNotFoundError):  # a single process keeps the type and the traceback
+        parallel.raise_on_all_ranks(open, "missing")
+    monkeypatch.setattr(parallel, "COUNT", 2)
     monkeypatch.setattr(parallel, "gather", lambda error: [error, cli.UsageError("of the second process")])
     for rank, on_rank0 in ((0, lambda: 1), (1, lambda: pytest.fail("the second process called it, too"))):
         monkeypatch.setattr(parallel, "RANK", rank)

@@ -55,6 +55,7 @@ def test_both_caches_draw_the_same_as_ever(policy, monkeypatch):
         assert_same_draws(got, want)
         with monkeypatch.context() as patch:
             patch.setitem(shared.ELEMENTS_PER_CHUNK, "cpu", 2**11)
+            patch.setitem(shared.KEY_PAIRS_PER_CHUNK, "cpu", 2**11)
             assert_same_draws(ragged_rollout(model, policy, **case), want)
         if policy in DRAWN and n < 2:
             assert digest(want) == DRAWN[policy][n]
