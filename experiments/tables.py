@@ -63,19 +63,23 @@ def draw_curves(rows: list[dict], picture: Path) -> None:
 
 
 def lead(rows: list[dict], cache: str) -> list[float]:
-    """Points by which smd is ahead of the other method with the highest mean, for each seed that both have."""
+    """Points by which smd is ahead of the best other method that evicts, for each seed that both have.
+
+    The best is the one with the highest mean.
+    """
     accuracy = {}
     for (method,), members in group(rows, ["method"]).items():
         accuracy[method] = {row["seed"]: float(row[cache]) for row in members}
         one_rate = len(accuracy[method]) == len(members)
         require(one_rate, f"method {method} has several rows of a seed; keep the rows of one learning rate")
     ours = accuracy.pop("smd")
+    accuracy.pop("dense", None)
     best = max(accuracy.values(), key=lambda of_seed: statistics.mean(of_seed.values()))
     return [ours[seed] - best[seed] for seed in ours if seed in best]
 
 
-def pays(rows: list[dict], picture: Path) -> None:
-    """When does smd pay? Its lead against the overlap of sparse and dense policy before training, for each budget."""
+def draw_leads(rows: list[dict], picture: Path) -> None:
+    """The lead of smd with each budget, against the overlap of the sparse and the dense policy before training."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
     for axis, cache in zip(axes, CACHES, strict=True):
         axis.axhline(0, color="grey", linewidth=0.8)
@@ -90,8 +94,8 @@ def pays(rows: list[dict], picture: Path) -> None:
     print(picture)
 
 
-def saves(rows: list[dict], picture: Path) -> None:
-    """What does compression save? The peak of the stored cache over the length of the response."""
+def draw_memory(rows: list[dict], picture: Path) -> None:
+    """The peak of the stored cache over the length of the response."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rows = sorted(rows, key=lambda row: int(row["tokens"]))
     for (cache, budget), members in group(rows, ["cache", "budget"]).items():
@@ -113,9 +117,9 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.csv")):
         rows, picture = read_csv(path), ASSETS / f"{path.stem}.png"
         if path.stem == "pays":
-            pays(rows, picture)
+            draw_leads(rows, picture)
         elif path.stem == "saves":
-            saves(rows, picture)
+            draw_memory(rows, picture)
         elif over_steps(rows):
             draw_curves(rows, picture)
 

@@ -119,21 +119,34 @@ def test_a_comparison_searches_beyond_the_ends_and_reports_the_best_rates(monkey
         found = dict(reward_last=job["lr"] if job["method"] == "smd" else -abs(job["lr"] - 0.2), sparse=job["seed"])
         return found | {f"{cache}_at_{step}": 50 for cache in ("sparse", "dense") for step in (0, 5)}
 
-    words = "compare --model smollm2 --seeds 2 --budget 12% --rates 0.1 0.2 0.4 --methods smd tis"
-    first, second, last = run_in(monkeypatch, f"{words} --out {tmp_path}", figures)
+    monkeypatch.setattr(compare, "RATES_OF_MODEL", (0.1, 0.2, 0.4))
+    words = f"compare --model smollm2 --seeds 2 --methods smd tis --out {tmp_path}"
+    first, second, last = run_in(monkeypatch, f"{words} --budget 12%", figures)
     assert {(job["model"], job["budget"]) for job in first + second + last} == {("smollm2", "12%")}
     grid = [(method, lr) for method in ("smd", "tis") for lr in (0.1, 0.2, 0.4)]
     for jobs, rates in ((first, grid), (second, [*grid, ("smd", 0.8)])):
         searched = [(*rate, seed) for seed in (100, 101) for rate in rates]
         assert [(job["method"], job["lr"], job["seed"]) for job in jobs] == searched
-    means = [dict(method="smd", lr=lr, reward_last=reward) for lr, reward in ((1, 0.0), (1, 0.9), (2, 0.5), (2, 0.5))]
-    assert compare.best_rates(means) == {"smd": 2}, "the mean over the seeds decides"
+    rewards = (1, 0.0), (1, 0.9), (2, 0.5), (2, 0.5)
+    means = [dict(method="smd", budget=22, lr=lr, reward_last=reward) for lr, reward in rewards]
+    assert compare.best_rates(means) == {("smd", 22): 2}, "the mean over the seeds decides"
     best = [("smd", 0.8), ("tis", 0.2)]
     assert [(job["method"], job["lr"], job["seed"]) for job in last] == [(*b, seed) for seed in (0, 1) for b in best]
     out = capsys.readouterr().out
-    assert "| smd    | 0.8 | 0.5 ± 6.4 |" in out and "| smd    | 0.8 | 50          | 50          |" in out
+    assert "| 12%    | smd    | 0.8 | 0.5 ± 6.4 |" in out and "| 12%    | smd    | 0.8 | 50          | 50" in out
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert compare.beyond({"smd": 0.1}, [0.1, 0.2, 0.4]) == [("smd", 0.05)]
+    assert compare.beyond({("smd", 22): 0.1}, [0.1, 0.2, 0.4]) == [("smd", 22, 0.05)]
+
+    # rates on the command line are all that is tried, for each budget
+    drawn = []
+    monkeypatch.setattr(compare, "draw_leads", lambda rows, picture: drawn.append((len(rows), picture)))
+    search, last = run_in(monkeypatch, f"{words} --budget 25 18 --rates 0.2 0.4", figures)
+    cases = [(method, budget) for method in ("smd", "tis") for budget in (25, 18)]
+    searched = [(*case, lr, seed) for seed in (100, 101) for case in cases for lr in (0.2, 0.4)]
+    assert [(job["method"], job["budget"], job["lr"], job["seed"]) for job in search] == searched
+    best = {(job["method"], job["budget"]): job["lr"] for job in last}
+    assert best == {("smd", 25): 0.4, ("smd", 18): 0.4, ("tis", 25): 0.2, ("tis", 18): 0.2}
+    assert drawn == [(8, tmp_path / "leads.png")]
 
 
 def test_the_sweep_of_answers_has_one_code_and_three(monkeypatch):
@@ -251,6 +264,8 @@ smd,22,0.0001,0,46,84,0.3,0.25,0.1
 smd,22,0.0001,1,43,82,0.32,0.25,0.1
 tis,22,0.0002,0,37,90,0.3,0.25,0.1
 tis,22,0.0002,1,41,80,0.32,0.25,0.1
+dense,22,0.0002,0,50,99,0.3,0.25,0.1
+dense,22,0.0002,1,50,99,0.32,0.25,0.1
 """
 
 
@@ -279,7 +294,8 @@ def test_the_command_makes_tables_and_figures_of_files_alone(tmp_path, monkeypat
     assert "<!-- table: toy -->" in said and "<!-- table: toy over the steps -->" in said
     assert [path for path, _ in drawn] == [ROOT / "assets" / f"{name}.png" for name in ("pays", "saves", "toy")]
     assert not outdated(said) and outdated(said.replace("44.5", "44.6")) == ["pays"], "control"
-    # the best other method with the sparse cache is tis (39 against 38.5), with the dense one naive (87 against 85)
+    # dense training evicts nothing. The best other method with the sparse cache is tis (39 against 38.5), with the
+    # dense one naive (87 against 85)
     rows = common.read_csv(tmp_path / "pays.csv")
     assert tables.lead(rows, "sparse") == [9, 2] and tables.lead(rows, "dense") == [-2, -6]
     sparse = drawn[0][1].axes[0]
