@@ -21,10 +21,10 @@ that the block visits:
     query 15   . # . . | # . # . | . . . # | # # # #   # # # # | # # # # |         |
 
 In position order the last block visits all four tiles. Sorted, it visits two, because the surviving keys share a tile.
-The blocks before the eviction visit more tiles than before, eight instead of six, so sorting pays in long responses.
-The length of an epoch, 512 positions, is a compromise. A tile is visited from the position of its first key until the
-eviction of its last key. Under rolling eviction, keys that are evicted together stand far apart. With short epochs, a
-tile therefore mixes distant positions and is visited long before most of its keys are visible. With long epochs, it is
+The three blocks above it then visit eight tiles instead of six, so sorting pays in long responses. The length of an
+epoch, 512 positions, is a compromise. A tile is visited from the position of its earliest key until the last of its
+keys is evicted. Under rolling eviction, keys that are evicted together stand far apart. With short epochs, a tile
+therefore mixes distant positions and is visited long before most of its keys are visible. With long epochs, it is
 visited long after most of its keys are evicted.
 
     python kernel.py          checks the kernels against the definition; on a CPU under Triton's interpreter
@@ -68,8 +68,9 @@ LIMIT = 16  # units of rounding by which the kernels may differ from the definit
 def accumulation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The type in which the plain version computes: float64 on a CPU, else float32 or better.
 
-    In float64, float32 results do not depend on the order or the number of the hidden keys, so a learner that has the
-    whole sequence reproduces the sampler's small cache to the bit. Most GPUs run float64 at 1/64 of float32's rate.
+    A float64 sum that is rounded to float32 hardly ever depends on the order of the keys or on the number of hidden
+    ones. So a learner with the whole sequence reproduces the sampler with a small cache, almost always to the bit. Most
+    GPUs run float64 at 1/64 of float32's rate.
     """
     return torch.promote_types(dtype, torch.float64 if device.type == "cpu" else torch.float32)
 
@@ -121,15 +122,17 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(dtype: torch.dtype, D: int, shared_memory: int) -> Blocks:
-    """The largest blocks that fit the registers and the bytes of shared memory that a block may use."""
+    """The largest blocks that fit the registers and the bytes of shared memory of a thread block."""
     large = shared_memory > 200_000
     if dtype == torch.float32:  # true float32 has no tensor cores and needs more registers
         return Blocks(32, 32, 16, 4) if D <= 64 else Blocks(16, 32, 16, 8)
     if D <= 64:
-        # half of the registers each: a multiprocessor runs two blocks, one computes while the other waits for memory
+        # half of the registers each: of two thread blocks on a multiprocessor, one computes while the other loads
         return Blocks(128, 64, 64, 8, 128) if large else Blocks(128, 64, 32, 8)
+    M = 128 if large else 64
     # tiles of 64 keys take 107,520 bytes, more than GPUs for graphics have
-    return Blocks(128 if large else 64, 64 if shared_memory > 110_000 else 32, 64, 8)
+    N = 64 if shared_memory > 110_000 else 32
+    return Blocks(M, N, 64, 8)
 
 
 class TileLists(NamedTuple):
@@ -164,7 +167,7 @@ def tile_visibility(queries_2: Tensor, first_query_2: Tensor, evicted_at_2: Tens
 
 
 def tile_lists(row_X: Tensor, columns: int, seen: Callable) -> TileLists:
-    """CSR lists of the rows numbered row_X; seen(rows) gives their `tile_visibility`."""
+    """CSR lists, one for each block or tile numbered in row_X; seen(numbers) gives their `tile_visibility`."""
     index, count = [], []
     # in chunks, so that memory follows the length of the lists and not the number of all pairs
     pairs = PAIRS_PER_CHUNK.get(row_X.device.type, 2**19)
@@ -210,9 +213,9 @@ def list_tiles(evicted_at_UT: Tensor, q_start: int, Tq: int, blocks: Blocks, epo
 
     by_block = tile_lists(torch.arange(U * I, device=j.device), J, tiles_of)
     by_tile = tile_lists(torch.arange(U * J, device=j.device), I, blocks_of)
-    row_BG = torch.arange(U, device=j.device)[:, None]
-    keys = order_UK.clamp(max=max(0, Tk - 1)), first_query_UK, evicted_at_UK
-    return Tiles(blocks, q_start, row_BG, *keys, by_block, by_tile)
+    row_BG = torch.arange(U, device=j.device)[:, None]  # `ShadowMask.tiles` puts the rows of a layer's heads here
+    order_UK = order_UK.clamp(max=max(0, Tk - 1))  # slots of padding read a real key, which stays hidden
+    return Tiles(blocks, q_start, row_BG, order_UK, first_query_UK, evicted_at_UK, by_block, by_tile)
 
 
 class ShadowMask:
@@ -234,20 +237,21 @@ class ShadowMask:
     def __getitem__(self, l: int) -> "LayerMask":
         return LayerMask(self, l)
 
-    def tiles(self, l: int, *key) -> Tiles:
+    def tiles(self, l: int, q_start: int, Tq: int, blocks: Blocks) -> Tiles:
+        key = q_start, Tq, blocks
         if key not in self.listed:
-            self.listed[key] = list_tiles(self.evicted_at_UT, *key)
+            self.listed[key] = list_tiles(self.evicted_at_UT, q_start, Tq, blocks)
         return self.listed[key]._replace(row_BG=self.row_LBG[l])
 
 
 class LayerMask(NamedTuple):
-    mask: ShadowMask
+    all_layers: ShadowMask
     l: int
 
     @property
     def evicted_at(self) -> Tensor:
         """(B, G, T) int32."""
-        return self.mask.evicted_at_LBGT[self.l]
+        return self.all_layers.evicted_at_LBGT[self.l]
 
 
 @jit
@@ -257,19 +261,19 @@ def visible(FIRST, EVICTED, i, N: tl.constexpr):
     return (tl.load(FIRST + n)[None, :] <= i[:, None]) & (i[:, None] < tl.load(EVICTED + n)[None, :])
 
 
-# The three kernels. Tensors are contiguous, K and V in sorted order. exp2 is the hardware's instruction, so SCALE is
-# log2(e)/√D. It multiplies a score next to a subtraction, which makes both one instruction. LSE and DELTA are padded to
-# whole blocks, so that they need no mask. Offsets between heads are 64-bit scalars, those within a head 32-bit.
-# `group` is H/G, the number of query heads per kv head. The grid is heads by blocks, or heads by tiles. K and V are
-# indexed by kv head, the tile lists by row of the mask; ROW maps the first to the second.
-# Each turn of a loop loads the tile index of the next turn: only then does the compiler prefetch that tile.
+# The three kernels. Tensors are contiguous, K and V in sorted order. exp2 is the hardware's instruction, so scores and
+# LSE are in base 2, and scale_log2 is log2(e)/√D; multiplying by it and subtracting fuse into one instruction. LSE and
+# DELTA are padded to whole blocks, so that they need no mask. Offsets between heads are 64-bit scalars, those within a
+# head 32-bit. `group` is H/G, the number of query heads per kv head. The grid is heads by blocks, or heads by tiles. K
+# and V are indexed by kv head, the tile lists by row of the mask; ROW gives the mask row of a kv head.
+# Each turn of a loop loads the tile index of the next turn; without this, the compiler does not prefetch that tile.
 @jit
-def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
-                   SCALE, q_start, group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE, scale_log2,
+                   q_start, group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
     bh = tl.program_id(0).to(tl.int64)
     bg = bh // group
-    # the blocks with most tiles start first, so that none of them runs alone at the end
+    # the blocks with most tiles start slot, so that none of them runs alone at the end
     block = I - 1 - tl.program_id(1)
     row = block * M + tl.arange(0, M)
     inside = row[:, None] < Tq
@@ -279,23 +283,23 @@ def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
     top = tl.full([M], -3e38, tl.float32)  # largest score so far; finite, because a row that sees nothing subtracts it
     total = tl.zeros([M], tl.float32)  # Σ exp2(score - top)
     out = tl.zeros([M, D], tl.float32)
-    own = tl.load(ROW + bg)
-    BOUNDS += (own * I + block) * 3
+    mask_row = tl.load(ROW + bg)
+    BOUNDS += (mask_row * I + block) * 3
     # first the fully visible tiles, then the partly visible ones, with the mask
     for masked in tl.static_range(2):
         begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
         tile = tl.load(INDEX + begin)
         for step in range(begin, end):
-            first, life = (bg * J + tile) * N, (own * J + tile) * N
+            slot, in_mask = (bg * J + tile) * N, (mask_row * J + tile) * N
             tile = tl.load(INDEX + step + 1)
-            k = tl.load(K + first * D + at_key)  # [N, D]
+            k = tl.load(K + slot * D + at_key)  # [N, D]
             score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
             if masked:
-                score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
-            new = tl.maximum(top, tl.max(score, 1) * SCALE)
-            weight = tl.exp2(score * SCALE - new[:, None])
+                score = tl.where(visible(FIRST + in_mask, EVICTED + in_mask, q_start + row, N), score, -float("inf"))
+            new = tl.maximum(top, tl.max(score, 1) * scale_log2)
+            weight = tl.exp2(score * scale_log2 - new[:, None])
             shrink = tl.exp2(top - new)
-            v = tl.load(V + first * D + at_key)
+            v = tl.load(V + slot * D + at_key)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             total = total * shrink + tl.sum(weight, 1)
             top = new
@@ -305,8 +309,8 @@ def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
 
 
 @jit
-def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE, DOUT, DELTA, DQ, SCALE, scale, q_start,
-                          group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE, DOUT, DELTA, DQ, scale_log2, scale,
+                          q_start, group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One block of queries of one head: dq_i, and δ_i for the next kernel."""
     bh = tl.program_id(0).to(tl.int64)
     bg = bh // group
@@ -322,41 +326,41 @@ def query_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE,
     q = tl.load(Q + bh * Tq * D + at, mask=inside, other=0.0)
     lse = tl.load(LSE + bh * I * M + row)
     dq = tl.zeros([M, D], tl.float32)
-    own = tl.load(ROW + bg)
-    BOUNDS += (own * I + block) * 3
+    mask_row = tl.load(ROW + bg)
+    BOUNDS += (mask_row * I + block) * 3
     for masked in tl.static_range(2):
         begin, end = tl.load(BOUNDS + masked), tl.load(BOUNDS + masked + 1)
         tile = tl.load(INDEX + begin)
         for step in range(begin, end):
-            first, life = (bg * J + tile) * N, (own * J + tile) * N
+            slot, in_mask = (bg * J + tile) * N, (mask_row * J + tile) * N
             tile = tl.load(INDEX + step + 1)
-            k = tl.load(K + first * D + at_key)  # [N, D]
-            v = tl.load(V + first * D + at_key)
+            k = tl.load(K + slot * D + at_key)  # [N, D]
+            v = tl.load(V + slot * D + at_key)
             score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
             if masked:
-                score = tl.where(visible(FIRST + life, EVICTED + life, q_start + row, N), score, -float("inf"))
-            p = tl.exp2(score * SCALE - lse[:, None])
+                score = tl.where(visible(FIRST + in_mask, EVICTED + in_mask, q_start + row, N), score, -float("inf"))
+            p = tl.exp2(score * scale_log2 - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     tl.store(DQ + bh * Tq * D + at, (dq * scale).to(DQ.dtype.element_ty), mask=inside)
 
 
 @jit
-def key_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, LSE, DOUT, DELTA, DK, DV, SCALE, scale, q_start,
-                        group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+def key_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, LSE, DOUT, DELTA, DK, DV, scale_log2, scale,
+                        q_start, group, Tq, I, J, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
                         R: tl.constexpr):  # fmt: skip
     """One tile of keys of one kv head: dk_j and dv_j over all query heads that share it; one writer, no atomics."""
     bg = tl.program_id(0).to(tl.int64)
-    first = (bg * J + tl.program_id(1)) * N
+    slot = (bg * J + tl.program_id(1)) * N
     r = tl.arange(0, R)
     at = r[:, None] * D + tl.arange(0, D)
     at_key = tl.arange(0, N)[:, None] * D + tl.arange(0, D)
-    k, v = tl.load(K + first * D + at_key), tl.load(V + first * D + at_key)  # [N, D]
+    k, v = tl.load(K + slot * D + at_key), tl.load(V + slot * D + at_key)  # [N, D]
     dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    own = tl.load(ROW + bg) * J + tl.program_id(1)  # index of the tile among the tiles of all rows
-    FIRST += own * N
-    EVICTED += own * N
-    BOUNDS += own * 3
+    mask_tile = tl.load(ROW + bg) * J + tl.program_id(1)  # index of the tile among the tiles of all rows
+    FIRST += mask_tile * N
+    EVICTED += mask_tile * N
+    BOUNDS += mask_tile * 3
     slices: tl.constexpr = M // R  # of a block
     for head in range(group):
         bh = bg * group + head
@@ -377,26 +381,31 @@ def key_gradient_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, LSE, DOUT, 
                     seen = tl.trans(visible(FIRST, EVICTED, q_start + start + r, N))
                     score = tl.where(seen, score, -float("inf"))
                 # rows past the end have p <= 1 and do = δ = 0: they add nothing
-                p = tl.exp2(score * SCALE - lse[None, :])
+                p = tl.exp2(score * scale_log2 - lse[None, :])
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(DK + first * D + at_key, (dk * scale).to(DK.dtype.element_ty))
-    tl.store(DV + first * D + at_key, dv.to(DV.dtype.element_ty))
+    tl.store(DK + slot * D + at_key, (dk * scale).to(DK.dtype.element_ty))
+    tl.store(DV + slot * D + at_key, dv.to(DV.dtype.element_ty))
 
 
 def compiled_with(kernel, blocks: Blocks, D: int) -> dict:
     """Compile-time constants and options of a kernel."""
     M, N, R, num_warps, registers = blocks
     constants = dict(M=M, N=N, D=D, num_warps=num_warps, num_stages=STAGES, maxnreg=registers)
-    return constants | dict(R=R, maxnreg=ALL_REGISTERS) if kernel is key_gradient_kernel else constants
+    if kernel is key_gradient_kernel:
+        constants |= dict(R=R, maxnreg=ALL_REGISTERS)
+    return constants
 
 
 def launch(kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *others) -> None:
     B, H, Tq, D = q.shape
     G, K = k.shape[1:3]
     I, J = triton.cdiv(Tq, tiles.blocks.M), K // tiles.blocks.N
-    grid, lists = ((B * G, J), tiles.by_tile) if kernel is key_gradient_kernel else ((B * H, I), tiles.by_block)
+    if kernel is key_gradient_kernel:
+        grid, lists = (B * G, J), tiles.by_tile
+    else:
+        grid, lists = (B * H, I), tiles.by_block
     keys = tiles.first_query_UK, tiles.evicted_at_UK
     args = q, k, v, tiles.row_BG, *keys, *lists, *others, tiles.q_start, H // G, Tq, I, J
     with torch.cuda.device_of(q):  # triton launches on the current device
@@ -436,7 +445,7 @@ def tiles_for(q: Tensor, mask: LayerMask, q_start: int) -> Tiles:
     # triton multiplies matrices of 16 rows or more, in powers of two
     queries, keys = (max(16, triton.next_power_of_2(T)) for T in (Tq, mask.evicted_at.shape[2]))
     M, N, R = min(blocks.M, queries), min(blocks.N, keys), min(blocks.R, queries)
-    return mask.mask.tiles(mask.l, q_start, Tq, blocks._replace(M=M, N=N, R=R))
+    return mask.all_layers.tiles(mask.l, q_start, Tq, blocks._replace(M=M, N=N, R=R))
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, mask: LayerMask, q_start: int) -> Tensor:

@@ -13,9 +13,9 @@ with a full cache. The gradient takes the choice of keys as given: it does not l
 
 GRPO is simplified: (1) one update per batch of rollouts, so the clipped ratio is 1 (a run's `--epochs` allows more);
 (2) no KL to a reference policy (`--kl-ref` adds it); (3) the policy loss is divided by sequences × the longest possible
-response, so that all tokens weigh the same (Dr. GRPO). The paper is changed in these points: (4) the model and the
-tasks are small; (5) the KL of track 2 is averaged over the response tokens of the batch; (6) the S samples of a prompt
-share its prefill and the evictions that follow it directly.
+response, so that all tokens weigh the same (Dr. GRPO). Further departures from the paper: (4) the model and the tasks
+are small; (5) the KL of track 2 is averaged over the response tokens of the batch; (6) the S samples of a prompt share
+its prefill and the evictions that follow it directly.
 
 `python smd.py` runs the demonstration, 100 steps on a retrieval task. It uses harness/shared.py, which stores and
 replays each prompt once instead of S times; tests prove it equal to the cache and the replay in this file.
@@ -41,9 +41,9 @@ from kernel import NEVER, ShadowMask, accumulation_dtype, masked_attention, shad
 from tiny_model import TinyModel, at_least_float32, causal_attention, rope_positions
 
 EOS_CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two checks for EOS and NaN; each check synchronises CUDA
-LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # the learner needs some ten times as many numbers at once
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # the learner's memory peaks at about ten times as many numbers
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # the relative spread from which on a difference of rewards counts
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # rewards with a relative spread up to this count as equal
 Uniform = Callable[..., Tensor]  # see `torch_uniform`
 
 
@@ -82,7 +82,7 @@ class Eviction:
 def torch_uniform(*index: int | Tensor) -> Tensor:
     """Uniform numbers in [0, 1) from torch's generator, one for each element that the indices broadcast to.
 
-    `sample` calls it with the indices of what it draws. `harness.streams.keyed` is a function of these indices alone.
+    `sample` calls it with the indices of a draw. `harness.streams.keyed` depends on nothing but these indices.
     """
     shape = torch.broadcast_shapes(*(x.shape for x in index if isinstance(x, Tensor)))
     return torch.rand(shape, dtype=torch.float64, device=index[-1].device)
@@ -111,7 +111,7 @@ class LayerCache:
     q_BHWD: Tensor  # the last W queries, if the policy reads them
     received_BGK: Tensor | None = None  # attention that each key received so far, if the policy accumulates it
 
-    def newest(self, count: int | Tensor) -> Tensor:
+    def newest(self, count: int | Tensor) -> Tensor:  # slots, live or not, with one of the last `count` columns
         return self.column_BGK >= self.now - count
 
     def keys(self) -> Tensor:
@@ -144,7 +144,8 @@ class LayerCache:
 
 def window_logits(cache: LayerCache) -> Tensor:
     """Logits of the last queries over the live keys, (B, G, M, W, K); -inf where a query does not see a key."""
-    k_BGKD, (B, H, W, D), G = cache.keys(), cache.q_BHWD.shape, cache.k_BGKD.shape[1]
+    k_BGKD = cache.keys()
+    (B, H, W, D), G = cache.q_BHWD.shape, k_BGKD.shape[1]
     assert W, "a policy that reads queries must say so in its PolicySpec"
     with torch.autocast(k_BGKD.device.type, enabled=False):
         q_rows = cache.q_BHWD.to(k_BGKD.dtype).reshape(B, G, H // G * W, D)
@@ -208,7 +209,7 @@ def rkv(cache: LayerCache, mix: float = 0.07, similar: float = 0.5) -> Tensor:
 
 
 def random(cache: LayerCache) -> Tensor:
-    """Uniform; every head keeps other keys, so that together they lose little (Random Attention, 2609.03430)."""
+    """Uniform scores, other ones in each head, so that few keys are lost to all (Random Attention, 2609.03430)."""
     first_B11 = cache.pad_B[:, None, None]  # counted from the first token, because padding depends on the batch
     head_G1 = torch.arange(cache.column_BGK.shape[1], device=first_B11.device)[:, None]
     index = cache.l, cache.now - first_B11, head_G1, cache.column_BGK - first_B11
@@ -262,7 +263,7 @@ def eviction_mask(cache: LayerCache) -> tuple[Tensor, Tensor]:
 
 
 def live_last(live_BGK: Tensor, count: int) -> Tensor:
-    """Slots (B, G, count): the live ones in their order, after as many others as fill up the row."""
+    """Slots (B, G, count): all live ones in their order, preceded by others to fill up the row."""
     return live_BGK.byte().argsort(dim=-1, stable=True)[..., max(0, live_BGK.shape[-1] - count) :]
 
 
@@ -300,8 +301,8 @@ class Cache:
         live_NGP = column_NGP >= self.pad_N[:, None, None]
         evicted_at_NGT = F.pad(torch.where(live_NGP, NEVER, 0).int(), (0, self.max_new), value=NEVER)
         row_N = N * self.S + torch.arange(N, device=k.device)  # prompts are numbered after the sequences
-        rows = self.pad_N, self.keep_N, row_N, k, v, column_NGP, live_NGP, evicted_at_NGT
-        layer = LayerCache(self.eviction, self.uniform, l, P, P, *rows, q[:, :, max(0, P - self.W) :])
+        of_prompts = self.pad_N, self.keep_N, row_N, k, v, column_NGP, live_NGP, evicted_at_NGT
+        layer = LayerCache(self.eviction, self.uniform, l, P, P, *of_prompts, q[:, :, max(0, P - self.W) :])
         if self.spec.accumulates:
             layer.received_BGK = self.attention_in_prompt(layer, q)
         if self.fewest < P:
@@ -317,7 +318,7 @@ class Cache:
         return window_attention(replace(layer, q_BHWD=q_BHPD)).sum(dim=(2, 3))
 
     def branch(self) -> None:
-        """From prompts to S samples of each."""
+        """Repeat the cache of each prompt S times, once for each sample."""
         for layer in self.layers:
             for name, x in vars(layer).items():
                 if isinstance(x, Tensor):
@@ -335,7 +336,7 @@ class Cache:
         return out_BH1D.to(q.dtype)
 
     def token_done(self) -> None:
-        """Count a token that all layers have stored; at the end of an interval, return to the budget."""
+        """Count a token that all layers have stored; at the end of an interval, evict down to the budget."""
         self.tokens += 1
         self.measure()
         if self.tokens % self.eviction.interval == 0:
@@ -389,7 +390,7 @@ def inverse_cdf(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     # float64: sums of many small float32 numbers would depend on the device
     cdf_BV = logp_BV.double().exp().cumsum(dim=-1)
     token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
-    return token_B.clamp(max=logp_BV.shape[1] - 1)  # only NaN exceeds it, which `sample` finds at its next check
+    return token_B.clamp(max=logp_BV.shape[1] - 1)  # only NaN exceeds it, and `sample` raises an error for NaN
 
 
 @torch.no_grad()
@@ -440,7 +441,7 @@ def sample(
 
 
 def finished_mask(evicted_at_LBGT: Tensor, end_B: Tensor) -> Tensor:
-    """The shadow mask without what was recorded after a sequence's last query.
+    """The shadow mask without what was recorded after a sequence's last query, so that it depends on no other sequence.
 
     Example: a prompt in columns 0 and 1 and a response in 2, 3, 4 end at column 5. The token in column 4 is predicted
     by the query in column 3 and is never a query itself. So a key evicted at 3 is hidden from that query, and a key
@@ -467,7 +468,7 @@ def replay(model: TinyModel, rollout: Rollout, *masks_LBGT: Tensor, backend: str
     P, S = rollout.prompt_NP.shape[1], len(rollout.response_BR) // len(rollout.prompt_NP)
     prompt_BP, pad_B = (x.repeat_interleave(S, dim=0) for x in (rollout.prompt_NP, rollout.pad_N))
     padding_B = pad_B if pad_B.any() else None
-    tokens_BT = torch.cat((prompt_BP, rollout.response_BR[:, :-1]), dim=1)  # the last token is predicted only
+    tokens_BT = torch.cat((prompt_BP, rollout.response_BR[:, :-1]), dim=1)  # the last token is never an input
     T = tokens_BT.shape[1]
 
     def hidden_under(mask_LBGT: Tensor) -> Tensor:
@@ -486,7 +487,7 @@ def replay(model: TinyModel, rollout: Rollout, *masks_LBGT: Tensor, backend: str
 
 
 def chunked(f: Callable[..., tuple[Tensor, ...]], vocab: int, *rows: Tensor) -> list[Tensor]:
-    """f of all rows, in chunks, because f makes logits. The backward pass computes the logits of each chunk again."""
+    """f of all rows, in chunks, because its logits are large. The backward pass computes those of each chunk again."""
     chunks = math.ceil(len(rows[0]) * vocab / LOGITS_PER_CHUNK.get(rows[0].device.type, 2**23))
     if chunks <= 1:
         return list(f(*rows))
@@ -512,7 +513,7 @@ def response_logp(model: TinyModel, rollout: Rollout, hidden_XC: Tensor) -> Tens
     return unpack(logp_X, rollout.mask_BR)
 
 
-# --- 5. importance weights: the corrections that the method makes unnecessary ---
+# --- 5. importance weights: the corrections with which smd is compared ---
 # Up to `kl_divergence`, all functions take plain tensors, for any trainer. log_ratio_BR is log ρ, the learner's dense
 # log-prob less the sampler's at rollout time, and zero past the end of a response.
 
@@ -546,7 +547,7 @@ def sparse_rl(log_ratio_BR: Tensor, cap: float) -> Tensor:
 
 class Method(NamedTuple):
     evicts: bool  # does the sampler evict?
-    replays: bool  # does the learner run under the sampler's mask? Then the sampler's log-probs are its old ones
+    replays: bool  # does the learner run under the sampler's mask? Then the old log-probs are the sampler's
     weight: Callable[[Tensor, float], Tensor] | None = None  # of each token's loss, from log ρ; None: 1
     cap: float = math.inf  # the weight's upper limit
     mean_one: bool = False  # divide the weights by their mean over the batch's tokens
@@ -620,7 +621,7 @@ class Runtime:
 
 
 class Totals(NamedTuple):
-    """What the means of a loss are divided by, so that the losses of parts add up to that of the whole batch."""
+    """Denominators of the means in a loss, over the whole batch, so that the losses of its parts add up."""
 
     sequences: int
     tokens: int
@@ -678,8 +679,8 @@ class Config:
 
 
 @torch.no_grad()
-def prepare(model: TinyModel, rollout: Rollout, reward_B: Tensor, config: Config, runtime: Runtime) -> Batch:
-    """Old log-probs and importance weights under the policy as it sampled, and what the objective adds."""
+def make_batch(model: TinyModel, rollout: Rollout, reward_B: Tensor, config: Config, runtime: Runtime) -> Batch:
+    """Old log-probs and importance weights under the policy that sampled, and what the objective adds."""
     method, mask_BR = METHODS[config.method], rollout.mask_BR
     seen_LBGT = rollout.evicted_at_LBGT if method.replays else rollout.never_evicted_LBGT
     old_logp_BR = rollout.logp_BR  # a learner that replays has the recorded log-probs
@@ -716,8 +717,8 @@ def learner_loss(model: TinyModel, batch: Batch, totals: Totals, config: Config,
     logp_BR = unpack(logp_X, mask_BR)
     loss, clipped_BR = config.objective.loss(batch, logp_BR, hidden[0], config.max_new, totals)
     loss = loss + config.lam * kl_X.sum() / totals.tokens
-    clip_fraction, entropy = clipped_BR.sum() / totals.tokens, entropy_X.sum() / totals.tokens
-    row = dict(loss=loss.detach(), clip_fraction=clip_fraction, entropy=entropy)
+    row = dict(loss=loss.detach(), clip_fraction=clipped_BR.sum() / totals.tokens)
+    row["entropy"] = entropy_X.sum() / totals.tokens
     if method.replays or not method.evicts:
         row["replay_error"] = (logp_BR.detach() - rollout.logp_BR).abs().max()
     return loss, row
@@ -734,7 +735,7 @@ def train_step(
     eviction = config.eviction if METHODS[config.method].evicts else None
     rollout = runtime.sample(model, prompt_NP, pad_N, config.samples, config.max_new, config.eos, eviction)
     reward_B = reward(rollout)
-    batch = prepare(model, rollout, reward_B, config, runtime)
+    batch = make_batch(model, rollout, reward_B, config, runtime)
     loss, row = learner_loss(model, batch, batch.totals(runtime), config, runtime)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -276,7 +276,8 @@ def test_kernels_take_empty_inputs(B, Tq, Tk):
 @needs_triton
 @pytest.mark.parametrize("method", ["dense", "naive", "smd"])
 def test_the_learner_through_the_kernels_is_the_learner(method, monkeypatch):
-    model, eviction = small_model(torch.float32, heads=2, kv_heads=1), None if method == "dense" else EVICTION
+    model = small_model(torch.float32, heads=2, kv_heads=1)
+    eviction = None if method == "dense" else EVICTION
     rollout = ragged_rollout(model, eviction, samples=2, max_new=6, lengths=(17, 9))
     tensors = {name: x.to(DEVICE) for name, x in vars(rollout).items() if isinstance(x, Tensor)}
     model, rollout = model.to(DEVICE), replace(rollout, **tensors)
@@ -490,7 +491,8 @@ class Oracle:
         return 0.07 * pooled - 0.93 * softmax(cosine.mean(axis=0))
 
     def random(self, layer, g, keys, now):
-        row = self.rows[now > self.P]  # that of the prompt, then that of the sequence
+        prompt_row, sequence_row = self.rows
+        row = sequence_row if now > self.P else prompt_row
         return [self.uniform(layer, now, g, key.column, row).item() for key in keys]
 
 
@@ -588,10 +590,10 @@ def test_sinks_and_window_are_always_kept(policy):
 
 @pytest.mark.parametrize("policy", ["knorm", "rkv"])
 def test_of_keys_that_tie_the_earlier_one_is_kept(policy):
-    """Would catch a tie that rounding decides: with the precision, the padding or the direction of the keys."""
+    """Would catch ties that rounding breaks in another way with another precision, padding or direction of the keys."""
     generator = torch.Generator().manual_seed(0)
     direction = F.normalize(torch.randn(30, 1, 8, dtype=torch.float64, generator=generator), dim=-1)
-    # knorm: equal norms. rkv: equal directions; the two newest of all keys are near copies that do not count once
+    # knorm: equal norms. rkv: equal directions, so that all keys before the window are equally redundant
     length = torch.ones(20, 1) if policy == "knorm" else torch.arange(1, 21)[:, None]
     want = dict(knorm=[0, 1, 2, 3, 4, 5], rkv=[0, 1, 2, 17, 18, 19])[policy]
     for key, dtype, pad in itertools.product(direction * length, (torch.float64, torch.float32), (0, 3, 13)):
@@ -605,7 +607,7 @@ def test_of_keys_that_tie_the_earlier_one_is_kept(policy):
 
 @torch.no_grad()
 def test_random_is_uniform_between_sinks_and_window():
-    """At five standard deviations: of 600 prompts of 12 tokens, 6 are kept: the sink, the last two, and 3 of 9."""
+    """At five standard deviations. 600 prompts of 12 tokens keep 6 keys each: the sink, the last two, and 3 of 9."""
     prompts, eviction = (torch.full((600, 12), 7), torch.zeros(600).long()), Eviction("random", 6, window=2)
     torch.manual_seed(0)
     kept_LBGT = smd.sample(small_model(), *prompts, 1, 2, -1, eviction).evicted_at_LBGT[..., :12] > 12
@@ -768,7 +770,7 @@ def learner(model, rollout, method, lam=0.1, backend=None, advantage_B=None, wei
     B, R = rollout.logp_BR.shape
     advantage_B = torch.linspace(-1, 1, B) if advantage_B is None else advantage_B
     config, runtime = Config(method, lam=lam, max_new=R), Runtime(backend=backend)
-    batch = smd.prepare(model, rollout, torch.zeros(B), config, runtime)
+    batch = smd.make_batch(model, rollout, torch.zeros(B), config, runtime)
     batch = replace(batch, extra={"advantage_BR": advantage_B.to(rollout.logp_BR)[:, None].expand(B, R)})
     batch = batch if weight_BR is None else replace(batch, weight_BR=weight_BR)
     loss, row = smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)
@@ -959,7 +961,7 @@ def test_a_batch_has_the_old_log_probs_and_weights_of_its_method(method):
     model = small_model()
     rollout = ragged_rollout(model)
     rollout = replace(rollout, logp_BR=rollout.logp_BR - 0.1 * rollout.mask_BR.double())  # as if another had sampled
-    batch, mask = smd.prepare(model, rollout, torch.zeros(12), Config(method), Runtime()), rollout.mask_BR
+    batch, mask = smd.make_batch(model, rollout, torch.zeros(12), Config(method), Runtime()), rollout.mask_BR
     dense = smd.unpack(replayed_logp(model, rollout, rollout.never_evicted_LBGT), mask)
     compare("old log-probs", batch.old_logp_BR, rollout.logp_BR if method == "smd" else dense, 1e-12)
     ratio = (dense - rollout.logp_BR).exp()
@@ -1027,7 +1029,7 @@ def test_the_loss_is_the_sum_of_both_tracks(world, rows_at_a_time, monkeypatch):
     rollout, reward = world.rollout, world.reward
     config, runtime = Config("smd", max_new=5, lam=0.3), Runtime()
     noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    batch = smd.prepare(world.model, rollout, reward, config, runtime)
+    batch = smd.make_batch(world.model, rollout, reward, config, runtime)
     batch = replace(batch, old_logp_BR=rollout.logp_BR + 0.5 * noise)  # some ratios are clipped
     loss, row = smd.learner_loss(world.model, batch, batch.totals(runtime), config, runtime)
     masks = rollout.never_evicted_LBGT, rollout.evicted_at_LBGT
@@ -1066,7 +1068,7 @@ def test_a_training_step_follows_the_clipped_gradient_of_its_loss():
     row = smd.train_step(model, sgd, *ragged_prompts(), share_of_sevens, config)
     torch.manual_seed(0)
     rollout = smd.sample(old, *ragged_prompts(), 4, 6, -1, EVICTION)
-    batch = smd.prepare(old, rollout, share_of_sevens(rollout), config, runtime)
+    batch = smd.make_batch(old, rollout, share_of_sevens(rollout), config, runtime)
     loss, _ = smd.learner_loss(old, batch, batch.totals(runtime), config, runtime)
     slope = gradient(loss, old)
     assert slope.norm() > 2, "not clipped"

@@ -3,10 +3,10 @@
 Pre-norm blocks, x += Attention(RMSNorm(x)) and x += SwiGLU(RMSNorm(x)), rotary positions in the half-rotation
 convention, grouped-query attention, a tied output head. Parameters carry the names of Hugging Face's `LlamaModel`.
 
-Which keys a query sees is decided outside of this file. A layer hands q, k and v to `attend`, which returns the
-attention output: the full pass attends to its own keys, the sampler to a compressed KV cache.
+A layer does not decide which keys a query sees. It hands q, k and v to `attend`, which returns the attention output:
+the full pass attends to its own keys, the sampler to a compressed KV cache.
 
-Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary.
+Letters: B sequences, T positions, L layers, C width, H query heads, G kv heads, D head dim, V vocabulary, X tokens.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor | None) -> T
     """Dense causal attention of q (B, H, T, D) to k and v (B, G, T, D); the output in padding columns is undefined.
 
     pad_B: left padding, None where there is none (looking at pad_B in every layer would synchronise CUDA each time).
-    Sampler and learner call this same function for the prompts, so that both compute in the model's own type.
+    Sampler and learner call this same function for the prompts, so that their results are equal.
     """
 
     def roll(x_BHTD: Tensor, shift_B: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, pad_B: Tensor | None) -> T
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if pad_B is None:
         return attention(q, k, v)
-    # rolled to the end, padding is hidden by causality: an explicit mask would be T×T and rule out the fast kernels
+    # causality hides padding that is rolled to the end; an explicit T×T mask would rule out the fast kernels
     return roll(attention(*(roll(x, pad_B) for x in (q, k, v))), -pad_B)
 
 
@@ -141,8 +141,8 @@ class TinyModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.lm_head.weight = self.embed_tokens.weight  # tied
-        # linear layers have a standard deviation of fan_in^-1/2, and the 2L that write to the residual stream (2L)^-1/2
-        # of it. With GPT-2's constant 0.02, made for a width of 768, a width of 128 learns retrieval far later
+        # std is fan_in^-1/2 for linear layers, times (2L)^-1/2 for the 2L that write to the residual stream. With
+        # GPT-2's constant 0.02, made for a width of 768, a width of 128 learns retrieval far later
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:

@@ -90,7 +90,7 @@ def step(agent: Agent, policy: Policy, optimizer, runtime: smd.Runtime, method: 
     watch.lap("sampling")
     reward_B = torch.rand(len(rollout.response_BR), device=agent.s.device)
     with device.precision(agent.s):
-        batch = smd.prepare(policy.model, rollout, reward_B, config, runtime)
+        batch = smd.make_batch(policy.model, rollout, reward_B, config, runtime)
     watch.lap("old_log_probs")
     train.update(policy, optimizer, batch, agent.s, config, runtime)
     watch.lap("update")

@@ -127,7 +127,7 @@ def train_step(agent: Agent, policy: Policy, optimizer: torch.optim.Optimizer, r
         diagnosis = diagnose(policy.model, rollout, runtime) if (step - 1) % DIAGNOSE_EVERY == 0 else {}
         watch.lap("diag")
         reward_B = torch.tensor(rewards, dtype=rollout.logp_BR.dtype, device=s.device)
-        batch = smd.prepare(policy.model, rollout, reward_B, config, runtime)
+        batch = smd.make_batch(policy.model, rollout, reward_B, config, runtime)
     learned = update(policy, optimizer, batch, s, config, runtime)
     agent.check_finite()
     watch.lap("learn")

@@ -73,7 +73,7 @@ def test_the_loss_in_the_notebook_has_the_gradient_of_the_learner():
     r = ragged_rollout(model)
     reward_B = torch.rand(len(r.response_BR), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     config, runtime = smd.Config(max_new=14), smd.Runtime()
-    batch = smd.prepare(model, r, reward_B, config, runtime)
+    batch = smd.make_batch(model, r, reward_B, config, runtime)
     want, _ = smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)
 
     def forward(record_LBGT):

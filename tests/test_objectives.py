@@ -46,7 +46,7 @@ def prepared(objective="grpo", method="smd", lam=0.1, max_new=14, kl_ref=0.0) ->
     policy = Policy(small_model(), objective, kl_ref)
     config = config_of(policy, method, lam, max_new)
     reward_B = torch.arange(12.0, dtype=torch.float64) % 5
-    return policy, smd.prepare(policy.model, ragged_rollout(policy.model), reward_B, config, RUNTIME), config
+    return policy, smd.make_batch(policy.model, ragged_rollout(policy.model), reward_B, config, RUNTIME), config
 
 
 def gradient_of(policy: Policy) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_ppo_with_both_lambdas_1_is_reinforce(world, monkeypatch):
         monkeypatch.setattr(objectives, "GAE_LAMBDA", gae_lambda)
         policy = Policy(world.model, "ppo")  # the critic is zero at first
         config = config_of(policy, lam=0.0, max_new=3)
-        batch = smd.prepare(world.model, world.rollout, world.reward, config, RUNTIME)
+        batch = smd.make_batch(world.model, world.rollout, world.reward, config, RUNTIME)
         # advantages before they are normalised: returns above a value of zero; each response as often as it is drawn
         weighted = batch.extra["return_BR"] * world.p[:, None] * world.responses.numel()
         got = gradient(loss_of(policy, replaced(batch, advantage_BR=weighted), config), world.model)
@@ -105,7 +105,7 @@ def test_dpo_against_finite_differences_and_without_pairs(world):
         for p in policy.reference.parameters():
             p.mul_(0.9)
     config = smd.Config("smd", objectives.DPO(policy.reference, beta=0.5), lam=0.0, max_new=3)
-    batch = smd.prepare(world.model, world.rollout, world.reward, config, RUNTIME)
+    batch = smd.make_batch(world.model, world.rollout, world.reward, config, RUNTIME)
     slope = gradient(loss_of(policy, batch, config), world.model)
     weights = list(world.model.parameters())
     before = torch.nn.utils.parameters_to_vector(weights).detach()
@@ -145,7 +145,7 @@ def test_every_replay_of_a_step_uses_the_chosen_backend(objective):
     policy = Policy(small_model(), objective, kl_ref=0.1)
     runtime = dataclasses.replace(RUNTIME, replay=replay, backend="torch")
     config = config_of(policy, "naive")
-    batch = smd.prepare(policy.model, ragged_rollout(policy.model), torch.arange(12.0).double(), config, runtime)
+    batch = smd.make_batch(policy.model, ragged_rollout(policy.model), torch.arange(12.0).double(), config, runtime)
     smd.learner_loss(policy.model, batch, batch.totals(runtime), config, runtime)
     assert taken == ["torch"] * (3 + (objective == "ppo"))
 
@@ -157,7 +157,7 @@ def test_the_reference_policy_has_the_learners_mask(method):
         for p in policy.reference.parameters():
             p.mul_(0.9)
     rollout = batch.rollout
-    batch = smd.prepare(policy.model, rollout, batch.reward_B, config, RUNTIME)
+    batch = smd.make_batch(policy.model, rollout, batch.reward_B, config, RUNTIME)
     seen = rollout.evicted_at_LBGT if method == "smd" else rollout.never_evicted_LBGT
     want = smd.response_logp(policy.reference, rollout, smd.replay(policy.reference, rollout, seen)[0])
     compare("reference", batch.extra["ref_logp_BR"], want, 1e-12)
@@ -280,7 +280,7 @@ def test_ppo_by_loops():
     policy, batch, config = prepared("ppo", lam=0.0)
     torch.nn.init.normal_(policy.critic.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     rollout, reward_B = batch.rollout, batch.reward_B
-    batch = smd.prepare(policy.model, rollout, reward_B, config, RUNTIME)
+    batch = smd.make_batch(policy.model, rollout, reward_B, config, RUNTIME)
 
     def values():
         (hidden_XC,) = smd.replay(policy.model, rollout, rollout.evicted_at_LBGT)
@@ -329,7 +329,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once(method, monkeypatch):
     config, found = config_of(policy, method, lam=0.5), {}
 
     def step() -> None:
-        batch = smd.prepare(model, rollout, torch.arange(16.0) % 3, config, RUNTIME)
+        batch = smd.make_batch(model, rollout, torch.arange(16.0) % 3, config, RUNTIME)
         train.diagnose(model, rollout, RUNTIME)
         loss, row = smd.learner_loss(model, batch, batch.totals(RUNTIME), config, RUNTIME)
         loss.backward()
@@ -374,7 +374,7 @@ def test_log_probs_and_sums_of_a_bfloat16_model_are_float32(automatic):
         for name in POLICIES:
             eviction = Eviction(name, 700 if name == "h2o" else 64)
             rollout = smd.sample(model, *prompts, 2, 6, EOS, eviction, make_cache=make_cache)
-            batch = smd.prepare(model, rollout, torch.arange(2.0), config, RUNTIME)
+            batch = smd.make_batch(model, rollout, torch.arange(2.0), config, RUNTIME)
             for x in (rollout.logp_BR, batch.weight_BR, batch.extra["value_BR"], batch.extra["advantage_BR"]):
                 assert x.dtype == torch.float32
             (hidden_XC,) = shared.replay(model, rollout, rollout.evicted_at_LBGT)
@@ -425,7 +425,7 @@ def test_the_gradients_of_parts_add_up_to_that_of_the_whole_batch(method, object
         torch.nn.init.normal_(policy.critic.weight)
     reward_B = batch.reward_B.clone()
     reward_B[:3] = 1.0
-    batch = smd.prepare(policy.model, batch.rollout, reward_B, config, RUNTIME)
+    batch = smd.make_batch(policy.model, batch.rollout, reward_B, config, RUNTIME)
     with torch.no_grad():  # away from where it sampled: the ratio is not 1, the KL to the reference not 0
         for p in policy.model.parameters():
             p.mul_(1.02)
@@ -454,7 +454,7 @@ def test_responses_of_one_token_are_learned_from(objective):
         config = config_of(policy, method, max_new=1)
         rollout = ragged_rollout(policy.model, max_new=1)
         reward_B = torch.arange(12.0, dtype=torch.float64) % 5
-        batch = smd.prepare(policy.model, rollout, reward_B, config, RUNTIME)
+        batch = smd.make_batch(policy.model, rollout, reward_B, config, RUNTIME)
         loss_of(policy, batch, config).backward()
         found.append(gradient_of(policy))
     compare("one token", found[0], found[1], 1e-12)

@@ -43,7 +43,7 @@ def smollm2():
 
 def loss_of(model, rollout: smd.Rollout, reward_B: torch.Tensor) -> torch.Tensor:
     config, runtime = smd.Config(max_new=14), smd.Runtime()
-    batch = smd.prepare(model, rollout, reward_B, config, runtime)
+    batch = smd.make_batch(model, rollout, reward_B, config, runtime)
     return smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)[0]
 
 

@@ -77,19 +77,19 @@ def steps_in_float64(**changes) -> dict:
     policy = Policy(agent.model, agent.s.objective, agent.s.kl_ref)
     optimizer = policy.optimizer(agent.s.lr)
     found = dict(rows=[], gradients=[], sampled=[])
-    clip, prepare = torch.nn.utils.clip_grad_norm_, smd.prepare
+    clip, make_batch = torch.nn.utils.clip_grad_norm_, smd.make_batch
 
     def watched_clip(trained, limit):
         found["gradients"].append(torch.cat([p.grad.flatten() for p in trained]))
         return clip(trained, limit)
 
-    def watched_prepare(model, rollout, *others):
+    def watched_batch(model, rollout, *others):
         found["sampled"].append((rollout.response_BR, rollout.evicted_at_LBGT.transpose(0, 1), rollout.length_B))
-        return prepare(model, rollout, *others)
+        return make_batch(model, rollout, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
-        patch.setattr(smd, "prepare", watched_prepare)
+        patch.setattr(smd, "make_batch", watched_batch)
         for step in (1, 2):
             found["rows"].append(train.train_step(agent, policy, optimizer, reward_of_bytes, step))
     return found | dict(weights=policy.state_dict())

@@ -323,7 +323,7 @@ def test_the_seconds_of_a_step_are_counted_where_they_are_spent(tmp_path, monkey
 
     monkeypatch.setattr(device.Stopwatch, "now", lambda _: now[0])
     for owner, name, seconds in (
-        (shared, "sample", 1), (tasks, "score", 2), (train, "diagnose", 10), (smd, "prepare", 100),
+        (shared, "sample", 1), (tasks, "score", 2), (train, "diagnose", 10), (smd, "make_batch", 100),
         (train, "update", 200),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))

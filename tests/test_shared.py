@@ -182,7 +182,7 @@ def learned(model, rollout, method, objective, runtime) -> tuple[torch.Tensor, t
     if objective == "ppo":
         torch.nn.init.normal_(policy.critic.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     config = smd.Config(method, policy.objective, max_new=14)
-    batch = smd.prepare(model, rollout, torch.linspace(0, 1, 12).roll(5).to(rollout.logp_BR), config, runtime)
+    batch = smd.make_batch(model, rollout, torch.linspace(0, 1, 12).roll(5).to(rollout.logp_BR), config, runtime)
     with torch.no_grad():  # away from the base policy: the ratio is not 1, the KL to the reference not 0
         for p in model.parameters():
             p.mul_(1.02)
@@ -215,7 +215,7 @@ def test_only_track_2_takes_a_second_pass():
     rollout, runtime = ragged_rollout(model), smd.Runtime(replay=replay)
     for method, lam in (("smd", 0.2), ("smd", 0.0), ("naive", 0.2), ("dense", 0.2)):
         config = smd.Config(method, lam=lam)
-        batch = smd.prepare(model, rollout, torch.zeros(12), config, smd.Runtime())
+        batch = smd.make_batch(model, rollout, torch.zeros(12), config, smd.Runtime())
         smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)
     assert passes == [2, 1, 1, 1]
 

@@ -241,7 +241,7 @@ def compile_ahead(job) -> dict:
     sizes = {n: options.pop(n) for n in source.arg_names if n in options}
     kinds = dict.fromkeys(("Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"), "*" + t)
     kinds |= dict.fromkeys(("FIRST", "EVICTED", "INDEX"), "*i32") | dict.fromkeys(("ROW", "BOUNDS"), "*i64")
-    kinds |= dict(LSE="*fp32", DELTA="*fp32", SCALE="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
+    kinds |= dict(LSE="*fp32", DELTA="*fp32", scale_log2="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
     signature = {n: kinds.get(n, "i32") for n in source.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     target = GPUTarget("cuda", capability, 32)
