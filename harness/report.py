@@ -102,7 +102,7 @@ def table(summary: dict) -> str:
     for name, text in (
         ("replay_error", "largest replay error, |log π_shadow - log π_sparse|: {:.1e}"),
         ("dense_error", "largest error without replay, |log π_dense - log π_sparse|: {:.1e}"),
-        ("visible_share", "mean share of the tokens before a response token that it could attend to: {:.0%}"),
+        ("visible_share", "mean share of visible tokens before a response token: {:.0%}"),
     ):
         if summary[name] is not None:
             lines.append(text.format(summary[name]))
