@@ -273,7 +273,7 @@ def forward_kernel(Q, K, V, ROW, FIRST, EVICTED, INDEX, BOUNDS, OUT, LSE, scale_
     """One block of queries of one head: out_i and lse_i in one pass over its tiles, with a running maximum."""
     bh = tl.program_id(0).to(tl.int64)
     bg = bh // group
-    # the blocks with most tiles start slot, so that none of them runs alone at the end
+    # the blocks with most tiles start first, so that none of them runs alone at the end
     block = I - 1 - tl.program_id(1)
     row = block * M + tl.arange(0, M)
     inside = row[:, None] < Tq

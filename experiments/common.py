@@ -35,11 +35,20 @@ def agent_of(**given) -> Agent:
     return Agent(train.checked(Settings(**given)))
 
 
+def positive(text: str) -> int:
+    """A number on a command line that must be at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
 def add_flags(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags of experiments with many runs."""
     parser.add_argument("--model", help="a pretrained model, as for a run")
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds, 0 and up (default: {seeds})")
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs in parallel")
+    jobs = 1 if torch.cuda.is_available() else CORES
+    parser.add_argument("--seeds", type=positive, default=seeds, help=f"seeds, 0 and up (default: {seeds})")
+    parser.add_argument("--jobs", type=positive, default=jobs, help=f"runs in parallel (default: {jobs})")
 
 
 def run_all(out: Path, jobs: list[dict], workers: int, table: Path) -> list[dict]:
@@ -73,7 +82,9 @@ def run(out: Path, job: dict, threads: int) -> dict:
         environment = dict(OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT="1000", THP_MEM_ALLOC_ENABLE="1")
         ended = subprocess.run(words, env=environment | os.environ, capture_output=True, text=True)
         if ended.returncode:
-            said = ended.stderr.strip() or "it was killed, perhaps because memory ran out; give fewer --jobs"
+            said = ended.stderr.strip()
+            if ended.returncode < 0 or not said:
+                said = "it was killed, perhaps because memory ran out; give fewer --jobs"
             raise cli.UsageError(f"the run in {out} failed: {said.splitlines()[-1]}")
         if "model" in job:
             (out / "checkpoint.pt").unlink()  # gigabytes; model/ has the weights

@@ -19,6 +19,7 @@ from pathlib import Path
 import smd
 from experiments.common import SHOWN, add_flags, command, group, markdown, run_all
 from experiments.tables import draw_curves, draw_leads, over_steps
+from harness.cli import require
 from harness.settings import count_or_share
 
 RATES_OF_TOY, RATES_OF_MODEL = (1e-4, 2e-4, 4e-4), (5e-6, 1e-5, 2e-5)
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods, help="default: all")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: out/compare, with --model out/smollm2)")
     given = parser.parse_args()
+    others = set(given.methods) - {"smd", "dense"}
+    fits = len(given.budget) == 1 or ("smd" in given.methods and len(others) > 0)
+    require(fits, "several budgets show the lead of smd; give smd and another method that evicts")
     out = given.out or Path("out/smollm2" if given.model else "out/compare")
     rates = given.rates or (RATES_OF_MODEL if given.model else RATES_OF_TOY)
 

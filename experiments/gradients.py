@@ -15,30 +15,15 @@ import itertools
 import torch
 from tqdm import tqdm
 
-import smd
 from experiments.common import command, markdown
-from test_smd import World, distance, gradient
+from test_smd import FOLLOWS, World, distances, gradient
 
 LENGTHS = range(1, 5)  # tokens of a response whose noise is computed
 
 
-def distances() -> list[dict]:
-    world = World()
-    sparse, dense = (world.objective_gradient(dense) for dense in (False, True))
-    log_ratio_BR = world.logp(dense=True).detach() - world.rollout.logp_BR
-    weights = {"smd": torch.ones_like(log_ratio_BR), "naive": torch.ones_like(log_ratio_BR)}
-    for name, method in smd.METHODS.items():
-        if method.weight is not None:
-            weights[name] = method.weight(log_ratio_BR, method.cap)
-    weights["seq_is, cap 2"] = smd.sequence_is(log_ratio_BR, 2.0)
-    weights["sparse_rl"] /= world.p @ weights["sparse_rl"].mean(dim=1)  # the exact mean, not that of a batch
-    rows = []
-    for name, weight_BR in weights.items():
-        # the clipped ratio is 1 before the first update, so its gradient is that of the log-probs
-        advantage_B1 = (world.p * (world.reward - 0.3))[:, None]
-        found = gradient((weight_BR * advantage_B1 * world.logp(dense=name != "smd")).sum(), world.model)
-        rows.append({"method": name, "to J_sparse": distance(found, sparse), "to J_dense": distance(found, dense)})
-    return rows
+def rows_of_distances() -> list[dict]:
+    names = "to J_sparse", "to J_dense"
+    return [dict(method=row) | dict(zip(names, distances(row), strict=True)) for row in FOLLOWS]
 
 
 def noise(world: World, dense: bool) -> float:
@@ -55,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--noise", action="store_true", help="also print the noise of one response's gradient")
     given = parser.parse_args()
-    print(markdown(distances(), ["method"]))
+    print(markdown(rows_of_distances(), ["method"]))
     if given.noise:
         rows = []
         for tokens, seed in tqdm(list(itertools.product(LENGTHS, range(5)))):

@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     agent = agent_of(model=parser.parse_args().model, device="cpu")
-    r, _ = agent.respond(agent.task.held_out(1), SAMPLES, True, agent.keys(1, 0), max_new=NEW)
+    r, _ = agent.respond(agent.task.held_out(1), SAMPLES, agent.eviction, agent.keys(1, 0), max_new=NEW)
     prompt_BP = r.prompt_NP.expand(SAMPLES, -1)
     rollouts = dict(ours=(r.response_BR, r.logp_BR, r.evicted_at_LBGT))
     for press in (

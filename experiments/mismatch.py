@@ -20,7 +20,7 @@ from harness import device, tasks, train
 def measured(agent, step: int) -> dict[str, float]:
     """The diagnosis of one batch of prompts, and the accuracy of its responses."""
     examples, key_N = agent.draw(step)
-    rollout, texts = agent.respond(examples, agent.s.samples, True, key_N)
+    rollout, texts = agent.respond(examples, agent.s.samples, agent.eviction, key_N)
     with device.precision(agent.s):
         found = train.diagnose(agent.model, rollout, agent.runtime)
     return found | dict(accuracy=tasks.accuracy(agent.task, texts, examples))

@@ -14,6 +14,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
+import smd
 from experiments.common import agent_of, command
 from harness import files
 from harness.objectives import Policy
@@ -51,7 +52,8 @@ def main() -> None:
     agent = agent_of(**read_config(given.out))
     files.restore(given.out / "checkpoint.pt", Policy(agent.model, agent.s.objective, agent.s.kl_ref))
     example = agent.task.held_out(1)[0]
-    rollout, (response,) = agent.respond([example], 1, True, agent.keys(1, agent.s.seed, EVALUATION, 2))
+    eviction = agent.eviction if smd.METHODS[agent.s.method].evicts else None
+    rollout, (response,) = agent.respond([example], 1, eviction, agent.keys(1, agent.s.seed, EVALUATION, 2))
     print(f"prompt    {example.prompt}\nresponse  {response}\nanswer    {example.answer}")
     drawn = rollout.response_BR[0, : rollout.length_B[0]]
     tokens = [agent.form.decode([token]) for token in [*rollout.prompt_NP[0].tolist(), *drawn.tolist()]]

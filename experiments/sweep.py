@@ -46,7 +46,8 @@ def main() -> None:
     add_flags(parser, seeds=3)
     given = parser.parse_args()
     grids, default = (GRIDS_OF_MODEL, DEFAULTS_OF_MODEL) if given.model else (GRIDS, DEFAULTS)
-    require(given.sweep in grids, f"with this --model, sweep must be one of {', '.join(grids)}, got {given.sweep}")
+    case = "with --model" if given.model else "without --model"
+    require(given.sweep in grids, f"{case}, sweep must be one of {', '.join(grids)}, got {given.sweep}")
     points = grids[given.sweep]
     default = dict(model=given.model) | default
     jobs = [default | point | dict(seed=seed) for seed in range(given.seeds) for point in points]

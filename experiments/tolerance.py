@@ -1,6 +1,6 @@
 """Which cache does a trained policy tolerate? Runs of a real model, evaluated with other budgets than their own.
 
-    python -m experiments.tolerance --runs out/compare/runs
+    python -m experiments.tolerance --runs out/smollm2/runs
 
 Evaluates the policies in the model/ folders of the runs that `experiments.compare --model` reports, on the held-out
 prompts, with 100, 50, 25 and 12 % of each prompt kept by the run's eviction policy.

@@ -2,20 +2,19 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 import smd
-from harness import device, parallel, pretrained, runs, shared, streams, tasks
+from harness import device, parallel, pretrained, shared, streams, tasks
 from harness.base import SEED
 from harness.cli import UsageError
 from harness.report import Progress, heartbeat
 from harness.settings import parse_budget
 from harness.tasks import TASKS, Example
-from harness.text import Form, check_example, tokenize
+from harness.text import Form, check_example
 from tiny_model import ModelConfig, TinyModel
 
 CACHES = "sparse", "dense"  # the sampler's compressed cache, and a full one
@@ -85,17 +84,17 @@ class Agent:
         return streams.hashed(*stream, torch.arange(count, device=self.s.device))
 
     def tokenize(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        return tokenize(self.form, examples, self.s.device)
+        return self.form.tokenize(examples, self.s.device)
 
     def texts(self, rollout: smd.Rollout) -> list[str]:
         return [self.form.decode(row) for row in rollout.response_BR.tolist()]
 
     def respond(
-        self, examples: list[Example], samples: int, evict: bool, key_N: Tensor, max_new: int | None = None,
-        model=None,
+        self, examples: list[Example], samples: int, eviction: smd.Eviction | None, key_N: Tensor,
+        max_new: int | None = None, model=None,
     ) -> tuple[smd.Rollout, list[str]]:  # fmt: skip
         """This many samples for each prompt, grouped by prompt: the rollout, and its responses as text."""
-        limits = samples, max_new or self.s.max_new, self.form.ends, self.eviction if evict else None
+        limits = samples, max_new or self.s.max_new, self.form.ends, eviction
         with device.precision(self.s):
             prompts = self.tokenize(examples)
             rollout = self.runtime.sample(model or self.model, *prompts, *limits, streams.keyed(key_N, samples))
@@ -119,9 +118,9 @@ class Agent:
         batches = batches[parallel.share(len(batches))]
 
         def answers(cache: str) -> list[str]:
-            texts = []
+            texts, eviction = [], self.eviction if cache == "sparse" else None
             for batch in batches:
-                texts += self.respond(held_out[batch], 1, cache == "sparse", key_N[batch])[1]
+                texts += self.respond(held_out[batch], 1, eviction, key_N[batch])[1]
                 progress.step()
             return texts
 
@@ -132,11 +131,6 @@ class Agent:
                 texts = [text for part in parts for text in part]
                 found[cache] = tasks.accuracy(self.task, texts, held_out)
         return found
-
-    def leave(self, out: Path) -> None:
-        """Write the trained weights of a pretrained model into a run's folder."""
-        if self.s.model is not None:
-            self.model.leave(self.form, out / runs.MODEL)
 
     def answer(self, prompt: str) -> str:
         """The greedy answer with either cache, a line each; UsageError for a prompt that is empty or too long.
@@ -149,16 +143,16 @@ class Agent:
         max_new = max(ANSWER, self.s.max_new) if chat else self.s.max_new
         example = Example(prompt, "", begun, where="--prompt: ")
         length = check_example(self.form, example, max_new, self.context)
-        lines = []
+        lines, eviction = [], self.eviction
         try:
-            self.eviction.budget_for(torch.tensor([length]))
+            eviction.budget_for(torch.tensor([length]))
         except ValueError:
-            least = self.eviction.minimum_budget()
-            asked = f"--budget {self.s.budget} of {length} tokens is less than {self.eviction.policy} always keeps"
+            least = eviction.minimum_budget()
+            asked = f"--budget {self.s.budget} of {length} tokens is less than {eviction.policy} always keeps"
             lines.append(f"{asked}: {least} are kept")
-            self.eviction = dataclasses.replace(self.eviction, budget=least)
+            eviction = dataclasses.replace(eviction, budget=least)
         key_N = self.keys(1, self.s.seed, streams.EVALUATION, 2)
-        for cache in CACHES:
-            _, (response,) = self.respond([example], 1, cache == "sparse", key_N, max_new, greedy(self.model))
+        for cache, evicts in zip(CACHES, (eviction, None), strict=True):
+            _, (response,) = self.respond([example], 1, evicts, key_N, max_new, greedy(self.model))
             lines.append(f"{cache + ' cache:':14}{response}")
         return "\n".join(lines)

@@ -24,7 +24,7 @@ from harness.report import Progress
 from harness.settings import Settings
 from harness.streams import WARMUP, numpy_stream, torch_stream
 from harness.tasks import Example
-from harness.text import Form, tokenize
+from harness.text import Form
 from tiny_model import TinyModel, never_evicted
 
 VERSION = 1  # raise it with any change that leads to other weights: then all base policies are made again
@@ -47,7 +47,7 @@ def answer_logp(
     Each layer and kv head loses a random share DROP of the prompt's keys when the prompt ends.
     """
     device = model.embed_tokens.weight.device
-    prompt_BP, pad_B = tokenize(form, examples, device)
+    prompt_BP, pad_B = form.tokenize(examples, device)
     end = form.ends[0]
     answers = [torch.tensor([*form.encode(e.answer), end], device=device) for e in examples]
     length_B = torch.tensor([len(answer) for answer in answers], device=device)
@@ -155,7 +155,7 @@ def make_base(agent, path: Path) -> None:
 def main() -> None:
     from harness import train  # here, because train imports this file
 
-    agent = train.Agent(train.checked(Settings()))
+    agent = train.Agent(train.checked(Settings(device="cpu")))
     make_base(agent, SHIPPED / base_path(agent.s).name)
 
 

@@ -23,6 +23,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch raises RuntimeError for it."""
+    said = any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+
+
 def in_short(error: BaseException) -> str:
     """The type of an error, and the beginning of its message."""
     lines = str(error).splitlines()
@@ -54,7 +60,7 @@ def run_command(main: Callable[[], None], name: str, prints_errors: bool = True)
     except (UsageError, FloatingPointError, OSError) as e:
         error, message, code, shared = e, str(e), 2, True
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
+        if not out_of_memory(e):
             raise
         advice = "give fewer --prompts, --samples or --eval-prompts, or a larger --accumulate"
         error, message, code = e, f"out of memory ({in_short(e)}); {advice}", 2
@@ -62,7 +68,8 @@ def run_command(main: Callable[[], None], name: str, prints_errors: bool = True)
         return 0  # another exit code could let torchrun kill the other process before it has printed the error
     if message:
         with contextlib.suppress(OSError):
-            print(f"{name}: {'; '.join([message, *getattr(error, '__notes__', [])])}", file=sys.stderr, flush=True)
+            said = "; ".join([message, *getattr(error, "__notes__", [])])
+            print(f"{name}: {' '.join(said.splitlines())}", file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

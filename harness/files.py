@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from harness.cli import UsageError, in_short, require
+from harness.cli import UsageError, in_short, out_of_memory, require
 
 
 def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
@@ -61,4 +61,6 @@ def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | No
             optimizer.load_state_dict(state.pop("optimizer"))
         return state
     except Exception as e:  # a damaged file raises many types of errors
+        if out_of_memory(e):
+            raise
         raise UsageError(f"{path} is missing or damaged ({in_short(e)}); delete a damaged file to start again") from e

@@ -26,13 +26,12 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.critic = self.reference = None
+        if objective == "dpo" or kl_ref:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
         if objective == "ppo":
             self.critic = nn.Linear(model.config.width, 1).to(next(model.parameters()))
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
-        if objective == "dpo" or kl_ref:
-            self.reference = copy.deepcopy(model).requires_grad_(False)
-        if objective == "ppo":
             self.objective = PPO(self.critic)
         elif objective == "dpo":
             self.objective = DPO(self.reference)

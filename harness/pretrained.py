@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import smd
-from harness.cli import UsageError, in_short, require
+from harness.cli import UsageError, in_short, out_of_memory, require
 from harness.report import heartbeat
 from harness.text import Chat
 from tiny_model import TinyModel, rope_positions
@@ -53,7 +53,17 @@ def naming(model: str) -> Iterator[None]:
     except UsageError as e:
         raise e if str(e).startswith("--") else UsageError(f"--model {model}: {e}") from e
     except Exception as e:  # a damaged model leads to errors of many types
+        if out_of_memory(e):
+            raise
         raise UsageError(f"--model {model} is damaged, or of another kind ({in_short(e)})") from e
+
+
+def weight_files(folder: Path) -> set[str]:
+    """The names of the files with a model's weights: its shards, if there is no single file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    return {"model.safetensors"}
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -65,16 +75,12 @@ def files_of(folder: Path) -> list[Path]:
     require(folder.suffix != ".gguf", f"want a folder; {convert} makes one, to which you add the tokenizer's files")
     files = sorted(file for file in folder.rglob("*") if file.suffix in READ)
     names = {str(file.relative_to(folder)) for file in files}
-    index = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index in files and not weights <= names:
-        weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    missing = sorted({"config.json", "tokenizer.json", *weights} - names)
+    missing = sorted({"config.json", "tokenizer.json", *weight_files(folder)} - names)
     require(not missing, f"want a folder in Hugging Face's layout, and it holds no {', '.join(missing)}")
     return files
 
 
-def check_weights(whole: nn.Module, files: list[Path]) -> None:
+def check_weights(whole: nn.Module, folder: Path) -> None:
     """UsageError for faults that transformers does not report: NaN, integer weights, and a tied head that differs."""
     from safetensors import safe_open
 
@@ -82,12 +88,11 @@ def check_weights(whole: nn.Module, files: list[Path]) -> None:
     names = weights.keys()
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     require(not bad, f"the tensor {bad[:1]} is not finite")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                kinds = {name: tensors.get_slice(name).get_dtype() for name in names & set(tensors.keys())}
-            quantized = [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
-            require(not quantized, f"the tensor {quantized[:1]} is quantized")
+    for file in weight_files(folder):
+        with safe_open(folder / file, "pt") as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in names & set(tensors.keys())}
+        quantized = [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+        require(not quantized, f"the tensor {quantized[:1]} is quantized")
     head, table = whole.get_output_embeddings(), whole.get_input_embeddings()
     if whole.config.tie_word_embeddings and head.weight is not table.weight:
         require(head.weight.equal(table.weight), "its head differs from the embedding, with which config.json ties it")
@@ -238,7 +243,7 @@ def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
     """The model and its encoding; UsageError where the model is damaged or cannot be computed here."""
     with naming(model):
         transformers, folder = library(), folder_of(model)
-        files = files_of(folder)
+        files_of(folder)  # raises an error if some are missing
         local = dict(local_files_only=True, trust_remote_code=False)
         options = dict(dtype=torch.float32, use_safetensors=True, attn_implementation="eager", output_loading_info=True)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **local)
@@ -246,7 +251,7 @@ def open_model(model: str, template: str | None) -> tuple[Pretrained, Chat]:
         whole, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **local, **options)
         for kind, wrong in found.items():
             require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(wrong)[:3]))}")
-        check_weights(whole, files)
+        check_weights(whole, folder)
         ours = Pretrained(whole)
         largest, vocab = max(tokenizer.get_vocab().values()), ours.config.vocab
         require(largest < vocab, f"its tokenizer has an id {largest}, and the model {vocab} tokens")

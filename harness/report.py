@@ -14,14 +14,9 @@ import smd
 from harness import parallel
 from harness.cli import in_short
 
-# one colour per method in all pictures, readable on white and on black
+# one colour per method in all pictures, readable on white and on black; other methods are black
 COLOURS = dict(dense="#7f7f7f", naive="#d62728", tis="#ff7f0e", seq_is="#bc80bd", sparse_rl="#8c6d31", smd="#1f77b4")
 COLOURS |= dict(icepop="#2ca02c", seq_mask="#e377c2")
-
-
-def colour(name: str) -> str:
-    """The colour of a method, or of one of its lines ("smd, 50%"); black for any other name."""
-    return COLOURS.get(name.split(",")[0], "black")
 
 
 class Progress(tqdm):
@@ -113,18 +108,19 @@ def draw_curves(rows: list[dict], summary: dict, method: str, path: Path) -> Non
     """Left: accuracy and reward. Right: the distance between the sampler's policy and the dense policy."""
     from matplotlib.figure import Figure  # here, because it takes a second
 
+    colour = COLOURS.get(method, "black")
     figure = Figure(figsize=(10, 3.8), layout="constrained")  # pyplot would need a screen
     left, right = figure.subplots(1, 2)
     for cache, style in (("sparse", "o-"), ("dense", "o--")):
         label = f"held-out accuracy, {cache} cache"
-        left.plot(*held_out(rows, summary, cache), style, color=colour(method), markersize=4, label=label)
+        left.plot(*held_out(rows, summary, cache), style, color=colour, markersize=4, label=label)
     steps, rewards = points(rows, "reward")
     left.plot(steps, rewards, color="#2ca02c", alpha=0.5, linewidth=1, label="reward of the rollouts")
     # a reward may be negative, or far above 1
     left.set(title=f"{method}: accuracy and reward", xlabel="step", ylim=(min([0.0, *rewards]), None))
     left.legend(frameon=False)
 
-    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=colour(method), markersize=4)
+    right.plot(*points(rows, "kl_sparse_dense"), "o-", color=colour, markersize=4)
     right.set(title="KL(π_sparse ‖ π_dense), nats per token", xlabel="step", ylim=(0, None))
     if summary["replay_error"] is not None:
         text = f"largest replay error: {summary['replay_error']:.1g}\n(rounding in float32: about 1e-6)"

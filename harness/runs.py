@@ -130,9 +130,10 @@ class Run:
         return known
 
     def begin_to_write(self) -> None:
-        for half_written in self.out.glob("*.tmp"):
-            half_written.unlink(missing_ok=True)
-        config = {name: getattr(self.s, name) for name in [*sorted(FIXED), "steps"]}
+        for name in FILES:
+            for half_written in self.out.glob(f"{name}.*.tmp"):
+                half_written.unlink(missing_ok=True)
+        config = {name: getattr(self.s, name) for name in [*FIXED, "steps"]}
         files.write(self.out / "config.json", json.dumps(config | dict(fingerprint=self.fingerprint), indent=1) + "\n")
         # the log of a killed run may be longer than that of its checkpoint, or end within a line
         files.write(self.metrics_path, "".join(json.dumps(row) + "\n" for row in self.rows))

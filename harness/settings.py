@@ -213,7 +213,9 @@ def checked(s: Settings) -> Settings:
         s = fill_in(s, read_config(Path(s.out)))
         check_values(s)
     s = fill_in(s, defaults(s))
-    parse_budget(s.budget)
+    budget = parse_budget(s.budget)
+    if isinstance(budget, int):
+        s = dataclasses.replace(s, budget=budget)  # "22" is 22
     require(s.reward is None or s.data is not None, "--reward needs --data; the other tasks have their own reward")
     require(s.asked is None or s.data is None, "--asked has no effect with --data; leave it out")
     require(s.template is None or s.model is not None, "--template needs --model")
@@ -226,6 +228,7 @@ def checked(s: Settings) -> Settings:
     share, rest = divmod(s.prompts, parallel.COUNT)
     require(rest == 0, f"--prompts must be a multiple of the {parallel.COUNT} processes, got {s.prompts}")
     require(s.accumulate <= share, f"--accumulate must be at most the {share} prompts per process, got {s.accumulate}")
-    inside = None not in (s.model, s.out) and Path(s.model).resolve().is_relative_to(Path(s.out).resolve())
+    folder = None if s.model in (None, "smollm2") else Path(s.model).resolve()
+    inside = None not in (folder, s.out) and folder.is_relative_to(Path(s.out).resolve())
     require(not inside, f"--model {s.model} lies in --out {s.out}; choose another --out")
     return s

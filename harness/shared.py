@@ -113,8 +113,6 @@ def chunks(rows: int, elements: int, device: torch.device, limits: dict[str, int
 class SharedCache(Cache):
     """`smd.Cache` with the prompt's keys stored once."""
 
-    layers: list
-
     def attention_in_prompt(self, layer: LayerCache, q_BHPD: Tensor) -> Tensor:
         # in chunks of queries: P × P weights would take the memory that the cache is there to save
         queries = QUERIES_PER_SCORE.get(q_BHPD.device.type, 16)

@@ -30,6 +30,10 @@ class Form:
         """The prompt as the model is given it, with the beginning of the answer."""
         return self.encode(example.prompt + example.begun)
 
+    def tokenize(self, examples: list[Example], device: str) -> tuple[Tensor, Tensor]:
+        """Prompts as one left-padded tensor (N, P), and the columns of padding before each (N,)."""
+        return pad_left([self.tokens(example) for example in examples], self.ends[0], device)
+
     def decode(self, tokens: list[int]) -> str:
         """The text of a response, up to the token that ends it."""
         return self.text_of(list(takewhile(lambda token: token not in self.ends, tokens)))
@@ -53,11 +57,12 @@ class Chat(Form):
             turns = [dict(role="user", content="{prompt}"), dict(role="assistant", content="{answer}")]
             after_answer = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("{answer}")[2]
             # the token that ends the turn of an answer, whatever the config says
-            ends = [token for token in self.with_special(after_answer) if token in self.special][:1] + ends
+            ends = self.special_in(self.with_special(after_answer))[:1] + ends
         else:
             self.template = "{prompt}" if template in (None, "plain") else template
             has_place = "{prompt}" in self.template
             require(has_place, f"--template must be plain or a text with {{prompt}}, got {template!r}")
+            check_unicode(self.template, "--template")
             plain = self.encode("a")
             adds_end = tokenizer.encode("a")[-len(plain) :] != plain
             require(not adds_end, "its tokenizer adds tokens at the end of a text")
@@ -67,13 +72,15 @@ class Chat(Form):
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def with_special(self, text: str) -> list[int]:
-        """Tokens of a text in which the names of special tokens stand for these tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def with_special(self, text: str, begins: bool = False) -> list[int]:
+        """Tokens of a text in which the names of special tokens stand for these tokens.
 
-    def begin(self, text: str) -> list[int]:
-        """Tokens of the beginning of a text. A chat template writes its first token itself."""
-        return self.tokenizer.encode(text, add_special_tokens=self.template is not None)
+        begins: the text is the beginning of a prompt; a chat template writes the first token itself.
+        """
+        return self.tokenizer.encode(text, add_special_tokens=begins and self.template is not None)
+
+    def special_in(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token in self.special]
 
     def asked(self, prompt: str) -> str:
         """The text around a prompt, up to the beginning of the answer."""
@@ -84,19 +91,16 @@ class Chat(Form):
 
     def tokens(self, example: Example) -> list[int]:
         prompt, text = example.prompt, self.asked(example.prompt)
-        if not self.special.intersection(self.with_special(prompt)):
-            return self.begin(text + example.begun)
-        # the prompt names a special token: it is encoded as plain text, apart from the template
         before, _, after = self.asked("{prompt}").partition("{prompt}")
+        begin, end = self.with_special(before, begins=True), self.with_special(after + example.begun)
+        whole = self.with_special(text + example.begun, begins=True)
+        if self.special_in(whole) == self.special_in(begin + end):
+            return whole
+        # the prompt names a special token, alone or with the text around it: it is encoded by itself, as plain text
         plain = self.encode(prompt)
-        fits = before + prompt + after == text and not self.special.intersection(plain)
+        fits = before + prompt + after == text and not self.special_in(plain)
         require(fits, f"{example.where}the special tokens in {prompt[:40]!r} cannot stay plain text here; remove them")
-        return self.begin(before) + plain + self.with_special(after + example.begun)
-
-
-def tokenize(form: Form, examples: list[Example], device: str) -> tuple[Tensor, Tensor]:
-    """Prompts as `pad_left` returns them."""
-    return pad_left([form.tokens(example) for example in examples], form.ends[0], device)
+        return begin + plain + end
 
 
 def pad_left(rows: list[list[int]], fill: int, device: str) -> tuple[Tensor, Tensor]:
@@ -106,14 +110,19 @@ def pad_left(rows: list[list[int]], fill: int, device: str) -> tuple[Tensor, Ten
     return tokens_NP, torch.tensor([P - len(row) for row in rows], device=device)
 
 
+def check_unicode(text: str, name: str) -> None:
+    """UsageError for a text with half of a UTF-16 pair, such as JSON's "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{name} must be Unicode text; remove {e.object[e.start]!r}") from e
+
+
 def check_example(form: Form, example: Example, max_new: int, context: int) -> int:
     """Tokens of the prompt; UsageError where a text is not Unicode, or prompt or answer are empty or too long."""
     where = example.where
     require(example.prompt != "", f"{where}the prompt must not be empty")
-    try:
-        (example.prompt + example.answer).encode()
-    except UnicodeEncodeError as e:  # half of a UTF-16 pair, such as JSON's "\ud800"
-        raise UsageError(f"{where}prompt and answer must be Unicode text; remove {e.object[e.start]!r}") from e
+    check_unicode(example.prompt + example.answer, f"{where}prompt and answer")
     tokens, of_answer = len(form.tokens(example)), len(form.encode(example.answer)) + 1
     limits = f"--max-new {max_new} exceeds the context of {context} tokens"
     require(tokens + max_new <= context, f"{where}a prompt of {tokens} tokens with {limits}")

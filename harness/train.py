@@ -168,7 +168,8 @@ def train(settings: Settings, reward: Callable[[str, str, str], float] | None = 
                 run.log(row, policy, optimizer)
                 progress.step(reward=row["reward"], accuracy=row["accuracy"])
         after = run.evaluated() or agent.evaluate()
-        parallel.on_rank0(agent.leave, run.out)
+        if s.model is not None:
+            parallel.on_rank0(agent.model.leave, agent.form, run.out / runs.MODEL)
         return parallel.on_rank0(run.finish, after, example.prompt)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import smd
-from harness import base, cli, report, tasks, train
+from harness import base, cli, files, pretrained, report, tasks, train
 from harness.agent import Agent
 from harness.settings import FIXED, Settings, checked, fill_in, parse, parse_budget
 from smd import Eviction
@@ -85,6 +85,8 @@ def bad_inputs(tmp: Path) -> list[tuple[list[str], str]]:
         (["--budget", "5%"], "at least 5 for snapkv, got 2 of a prompt's 34 tokens"),
         (["--budget", "3", "--protect", "prompt"], "--budget must be at least 4 for snapkv, got 3"),
         (["--budget", "1.0"], "--budget must be a count of keys, such as 22, or a share, such as 65%, got 1.0"),
+        (["--budget", "a\nb"], "or a share, such as 65%, got a b"),
+        (["--out", "a\nb", "--resume"], "--out a b holds no run to resume"),
         (["--protect", "response"], "--protect must be one of prompt, got 'response'"),
         (["--samples", "0"], "--samples must be at least 1 and below 2**63, got 0"),
         (["--steps", "-1"], "--steps must be at least 0 and below 2**63, got -1"),
@@ -136,7 +138,7 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("reward", [lambda prompt: 1.0, lambda *_: None, lambda *_: "good", 1.0])
 def test_a_reward_that_cannot_be_called_is_refused_at_once(tmp_path, reward):
-    with pytest.raises(cli.UsageError, match=r"a function reward\(prompt, response, answer\) -> float"):
+    with pytest.raises(cli.UsageError, match=r"a function reward\(.*\) -> float; .* fails \(.*raised by the reward"):
         train.train(tiny(tmp_path), reward=reward)
     assert not list(tmp_path.iterdir()), "something was computed or written"
 
@@ -187,6 +189,10 @@ def test_settings_from_a_command_line_and_from_python():
     assert fill_in(Settings(seed=0), dict(seed=7, steps=3)) == Settings(seed=0, steps=3)
     assert {"steps", "out", "device"}.isdisjoint(FIXED) and {"seed", "budget"} <= set(FIXED)
     checked(Settings(lr=1))
+    assert checked(Settings(budget="22")).budget == 22, "a run with 22 keys is resumed by either"
+    assert checked(Settings(model="smollm2", out=".")).out == ".", "smollm2 is no path"
+    with pytest.raises(cli.UsageError, match="--model out/model lies in --out out"):
+        checked(Settings(model="out/model", out="out"))
     for wrong, message in (
         (dict(method=3), r"--method must be str, got 3"),
         (dict(budget=0.5), r"--budget must be int or str, got 0.5"),
@@ -240,7 +246,7 @@ def test_the_table_and_the_last_line(capsys, monkeypatch):
     assert lines[1].split() == ["sparse", "cache", "12.5%", "25.0%"]
     assert lines[2].split() == ["dense", "cache", "50.0%", "75.0%"]
     assert lines[3].endswith(": 2.0e-07") and lines[4].endswith("log π_sparse|: 1.5e+00")
-    assert "attend to: 64%" in lines[5] and "2.00 GB" in lines[6]
+    assert "visible tokens before a response token: 64%" in lines[5] and "2.00 GB" in lines[6]
     assert "no plot (ZeroDivisionError: division by zero)" in lines[7]
     for prompt in ("a b?", "-5 + 3", "--help", "it's", "two\nlines", "$HOME `x` \\ *"):
         report.conclude([], summary | dict.fromkeys(figures), "smd", prompt)
@@ -365,10 +371,11 @@ def test_smd_py_on_a_terminal_without_greek_letters(tmp_path, monkeypatch, capsy
 def test_a_short_prompt_is_answered_with_the_least_budget_of_the_policy():
     """Would catch "budget must be at least 12, got 10" as the answer to a question."""
     s = checked(Settings(budget="50%", window=6, eval_prompts=2, warmup_steps=0, device="cpu"))
-    first, *answers = Agent(s).answer("ab?a").splitlines()
+    agent = Agent(s)
+    first, *answers = agent.answer("ab?a").splitlines()
     assert first == "--budget 50% of 4 tokens is less than snapkv always keeps: 7 are kept"
     assert answers[0].startswith("sparse cache: ") and "dense cache: " in answers[-1]
-    assert Agent(s).answer("abcdefghijkl?a").startswith("sparse cache: ")
+    assert agent.answer("abcdefghijkl?a").startswith("sparse cache: "), "the agent has its own budget again"
 
 
 @pytest.mark.parametrize(
@@ -380,11 +387,19 @@ def test_a_short_prompt_is_answered_with_the_least_budget_of_the_policy():
     ],
     ids=["python", "cpu", "cuda"],
 )
-def test_too_little_memory_is_one_line(error, capsys):
+def test_too_little_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
     def main():
         raise error
 
     assert cli.run_command(main, "it") == 2
     assert re.fullmatch(r"it: out of memory \(.*\); give fewer --prompts.*\n", capsys.readouterr().err)
+    # a file or a model that does not fit is not damaged
+    path = tmp_path / "c.pt"
+    files.save(path, dict(weights=torch.nn.Linear(1, 1).state_dict()))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: main())
+    with pytest.raises(type(error)):
+        files.restore(path, torch.nn.Linear(1, 1))
+    with pytest.raises(type(error)), pretrained.naming("m"):
+        main()
     with pytest.raises(RuntimeError, match="another"):
         cli.run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")), "it")

@@ -137,6 +137,13 @@ def test_a_comparison_searches_beyond_the_ends_and_reports_the_best_rates(monkey
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert compare.beyond({("smd", 22): 0.1}, [0.1, 0.2, 0.4]) == [("smd", 22, 0.05)]
 
+    with pytest.raises(cli.UsageError, match="give smd and another method that evicts"):
+        run_in(monkeypatch, "compare --methods smd dense --budget 25 18", figures)
+    for flag in ("--jobs", "--seeds"):
+        with pytest.raises(SystemExit):
+            run_in(monkeypatch, f"compare {flag} 0", figures)
+        assert "must be at least 1, got 0" in capsys.readouterr().err
+
     # rates on the command line are all that is tried, for each budget
     drawn = []
     monkeypatch.setattr(compare, "draw_leads", lambda rows, picture: drawn.append((len(rows), picture)))
@@ -227,16 +234,20 @@ def test_a_run_shows_what_its_sampler_saw(runs_of_two_seeds, monkeypatch, capsys
     assert out[-1] == str(folder / "mask.png") and (folder / "mask.png").exists()
 
 
-@pytest.mark.parametrize("said", ["warning\nsmd.py: --out x is in use by another run\n", ""], ids=["refused", "killed"])
-def test_a_run_that_fails_ends_the_experiment_with_its_last_line(said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "code, said",
+    [(2, "warning\nsmd.py: --out x is in use by another run\n"), (-9, "training: 0%| | 0/25"), (1, "")],
+    ids=["refused", "killed", "silent"],
+)
+def test_a_run_that_fails_ends_the_experiment_with_its_last_line(code, said, tmp_path, monkeypatch):
     def ended(words, env, **_):
         assert words == [sys.executable, smd.__file__, f"--out={tmp_path}", "--max-new=5"]
         assert env["OMP_NUM_THREADS"] == "3"
-        return subprocess.CompletedProcess(words, returncode=2, stderr=said)
+        return subprocess.CompletedProcess(words, returncode=code, stderr=said)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(common.subprocess, "run", ended)
-    last = "smd.py: --out x is in use by another run" if said else "it was killed, perhaps because memory ran out"
+    last = "smd.py: --out x is in use by another run" if code == 2 else "it was killed, perhaps because memory ran out"
     with pytest.raises(cli.UsageError, match=f"the run in {tmp_path} failed: {last}"):
         common.run(tmp_path, dict(max_new=5), threads=3)
 
@@ -285,24 +296,24 @@ def test_the_command_makes_tables_and_figures_of_files_alone(tmp_path, monkeypat
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "pays.csv").write_text(TOY)
     (tmp_path / "saves.csv").write_text("cache,budget,tokens,bytes,formula_bytes\ndense,,256,9,8\ndense,,512,17,16\n")
-    (tmp_path / "toy.csv").write_text("method,seed,sparse,sparse_at_0,dense_at_0\nsmd,0,40,18.2,41.1\n")
     drawn = []
     monkeypatch.setattr(tables.plt.Figure, "savefig", lambda self, path, **_: drawn.append((path, self)))
     tables.main()
     said = capsys.readouterr().out
     assert "| smd    | 0.0001 | 44.5 ± 19  | 83 ± 13 |" in said and "<!-- table: saves -->" in said
-    assert "<!-- table: toy -->" in said and "<!-- table: toy over the steps -->" in said
-    assert [path for path, _ in drawn] == [ROOT / "assets" / f"{name}.png" for name in ("pays", "saves", "toy")]
+    assert [path for path, _ in drawn] == [ROOT / "assets" / f"{name}.png" for name in ("pays", "saves")]
     assert not outdated(said) and outdated(said.replace("44.5", "44.6")) == ["pays"], "control"
     # dense training evicts nothing. The best other method with the sparse cache is tis (39 against 38.5), with the
     # dense one naive (87 against 85)
     rows = common.read_csv(tmp_path / "pays.csv")
-    assert tables.lead(rows, "sparse") == [9, 2] and tables.lead(rows, "dense") == [-2, -6]
+    leads = [[row[f"lead, {cache} cache"] for row in tables.leads(rows)] for cache in ("sparse", "dense")]
+    assert leads == [[9, 2], [-2, -6]]
+    assert "| 22     | 0.25            | 0.1          | 0.31 ± 0.13 | 5.5 ± 44           | -4 ± 25           |" in said
+    with pytest.raises(cli.UsageError, match="smd and method tis have different seeds"):
+        tables.leads([row for row in rows if (row["method"], row["seed"]) != ("tis", "0")])
     sparse = drawn[0][1].axes[0]
     ((line, _, _),) = [container.lines for container in sparse.containers]
     assert line.get_xydata().round(6).tolist() == [[0.31, 5.5]] and sparse.texts[0].get_text() == "22"
-    with pytest.raises(cli.UsageError, match="one learning rate"):
-        tables.lead(rows + rows[:1], "sparse")
 
 
 def test_a_small_case_of_the_memory_is_measured_once(tmp_path, monkeypatch):
@@ -345,7 +356,7 @@ def test_a_model_is_measured_with_other_caches(tmp_path, monkeypatch):
 
 def test_the_noise_of_a_gradient_is_computed_only_when_asked_for(monkeypatch, capsys):
     """The first table takes four seconds, the second takes minutes."""
-    monkeypatch.setattr(gradients, "distances", lambda: [{"method": "smd", "to J_sparse": 0.0}])
+    monkeypatch.setattr(gradients, "rows_of_distances", lambda: [{"method": "smd", "to J_sparse": 0.0}])
     monkeypatch.setattr(gradients, "LENGTHS", range(1, 2))
     for words, lines in (([], 3), (["--noise"], 11)):
         monkeypatch.setattr(sys, "argv", ["gradients", *words])

@@ -187,25 +187,6 @@ def test_autocast_does_not_change_the_choice(policy, monkeypatch):
     assert torch.equal(got, choice(k.float(), q.float()))
 
 
-def test_random_is_uniform_between_sinks_and_window():
-    draws = [kept(layer_of(policy="random", K=12, keep=6, sinks=1, window=2, key=key)) for key in range(900)]
-    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=12)
-    assert (counts[[0, 10, 11]] == 900).all()
-    assert (counts[1:10] - 300).abs().max() < 5 * math.sqrt(900 * 1 / 3 * 2 / 3), counts
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_padding_is_never_kept_before_a_real_key(policy):
-    """Right after the prompt of each sequence, min(budget, length) of its own keys are alive."""
-    model, lengths = small_model(), (17, 3, 30, 6)
-    rollout = ragged_rollout(model, policy, lengths=lengths, samples=1, max_new=2)
-    P = rollout.prompt_NP.shape[1]
-    for n, length in enumerate(lengths):
-        record = rollout.evicted_at_LBGT[:, n, :, :P]
-        assert (record[..., : P - length] == 0).all()
-        assert ((record > P).sum(-1) == min(8, length)).all(), f"prompt of {length}"
-
-
 @pytest.mark.parametrize("sample", [smd.sample, shared.sample], ids=["plain", "shared"])
 def test_a_score_that_is_nan_is_an_error(sample, monkeypatch):
     """Also one that a policy returns only later, in the middle of a response."""

@@ -23,8 +23,7 @@ from harness.settings import Settings
 from harness.streams import numpy_stream
 from kernel import NEVER
 from smd import Eviction
-from test_smd import gradient
-from tests.common import CHATML, PAGES, ROOT, compare, model_folder, ragged_rollout, small_run, tokenizer_of, write
+from tests.common import CHATML, ROOT, compare, model_folder, ragged_rollout, small_run, tokenizer_of, write
 from tiny_model import ModelConfig, TinyModel, never_evicted
 
 pytest.importorskip("transformers")
@@ -145,7 +144,8 @@ def test_samples_losses_and_gradients_equal_the_tiny_models_with_the_same_weight
         assert torch.equal(*(getattr(rollout, name) for rollout in rollouts)), name
     reward_B = torch.rand(12, generator=torch.Generator().manual_seed(0))
     losses = [loss_of(model, rollouts[0], reward_B) for model in (ours, theirs)]
-    assert abs(losses[0] - losses[1]) < 1e-5 * abs(losses[0])
+    # means of float32 terms of size 1, which cancel almost to zero
+    assert abs(losses[0] - losses[1]) < 1e-6
     for loss in losses:
         loss.backward()
     their_grad = {short[name]: p.grad for name, p in theirs.named_parameters()}
@@ -243,6 +243,13 @@ def refused(model: str, capsys, *more: str) -> str:
 @pytest.fixture(scope="module")
 def plain_folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("plain") / "model")
+
+
+def test_a_quantized_copy_beside_a_model_does_not_matter(plain_folder, tmp_path):
+    shutil.copytree(plain_folder, tmp_path / "model")
+    shutil.copytree(plain_folder, tmp_path / "model" / "int8")
+    tensors_with(lambda t: t.update({NORM: t[NORM].to(torch.int8)}))(tmp_path / "model" / "int8")
+    pretrained.open_model(str(tmp_path / "model"), None)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -399,15 +406,6 @@ def test_the_tokens_that_end_a_response():
         text.Chat(tokenizer_of(eos_token=None, chat_template=None), None, None)
 
 
-def test_any_of_several_tokens_ends_a_sample():
-    """The first of them fills the rest of the row; no other token ends a sample."""
-    model = TinyModel(ModelConfig(20, 32))
-    forced = torch.tensor([[3, 7, 3, 3], [3, 3, 9, 3], [1, 2, 3, 4]])
-    rollout = smd.sample(model, torch.ones(1, 5, dtype=torch.long), torch.tensor([0]), 3, 4, (9, 7), forced_BR=forced)
-    assert rollout.response_BR.tolist() == [[3, 7, 9, 9], [3, 3, 9, 9], [1, 2, 3, 4]]
-    assert rollout.length_B.tolist() == [2, 3, 4]
-
-
 CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>a\n"
 
 
@@ -509,6 +507,18 @@ def test_text_becomes_the_ids_that_the_tokenizers_package_gives_and_text_again(k
         assert chat.decode([*asked, end, 5]) == tokenizer.decode(asked, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize("template, prompt", [("<{prompt}>", "|im_end|"), ("{prompt}|> a", "b <|im_end")])
+def test_a_prompt_and_its_template_do_not_make_a_special_token_together(template, prompt, tmp_path):
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained(KINDS[0]), eos_token="<|im_end|>")
+    _, chat = pretrained.open_model(model_folder(tmp_path, tokenizer=tokenizer, vocab_size=620), template)
+    ids = chat.tokens(tasks.Example(prompt, ""))
+    assert not chat.special_in(ids) and chat.text_of(ids) == template.replace("{prompt}", prompt)
+    with pytest.raises(cli.UsageError, match=r"--template must be Unicode text; remove '\\udcff'"):
+        pretrained.open_model(str(tmp_path), "\udcff {prompt}")
+
+
 def test_smollm2_has_the_ids_that_tiktoken_gives(smollm2):
     """Digits one by one, blanks before them; and its chat template to the letter."""
     import tiktoken
@@ -536,7 +546,7 @@ def test_smollm2_has_the_ids_that_tiktoken_gives(smollm2):
 @torch.no_grad()
 def test_a_real_model_is_replayed(smollm2):
     """12 new tokens, a quarter of the prompt kept, evictions while decoding."""
-    prompts = text.tokenize(smollm2.form, smollm2.task.held_out(1), "cpu")
+    prompts = smollm2.form.tokenize(smollm2.task.held_out(1), "cpu")
     rollout = shared.sample(smollm2.model, *prompts, 12, 12, -1, smollm2.eviction)
     assert ((rollout.evicted_at_LBGT > prompts[0].shape[1]) & (rollout.evicted_at_LBGT < NEVER)).any()
     masks = rollout.evicted_at_LBGT, rollout.never_evicted_LBGT
@@ -739,20 +749,3 @@ def test_the_experiment_prints_its_table(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines[::2]] == ["ours", "SnapKVPress", "KnormPress", "ExpectedAttentionPress"]
     assert all(float(line.split()[-1]) < 1e-4 for line in lines[::2]), lines
-
-
-def test_the_loss_of_the_notebook_has_the_gradient_of_our_learner(sharp):
-    names, readme = {}, PAGES[1].read_text(encoding="utf-8")
-    exec(next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "def smd_loss" in code), names)
-    r = ragged_rollout(sharp)
-    S, P = 3, r.prompt_NP.shape[1]
-    tokens_BT = torch.cat((r.prompt_NP.repeat_interleave(S, dim=0), r.response_BR), dim=1)
-
-    def forward(record_LBGT):
-        return sharp.log_probs(sharp(tokens_BT, r.pad_N.repeat_interleave(S), record_LBGT)[:, P - 1 : -1])
-
-    reward_B = torch.rand(12, generator=torch.Generator().manual_seed(0))
-    want = gradient(loss_of(sharp, r, reward_B), sharp)
-    args = r.response_BR, r.logp_BR, r.mask_BR, r.evicted_at_LBGT, reward_B.view(4, 3)
-    got = gradient(names["smd_loss"](forward, *args, longest=14), sharp)
-    assert (got - want).norm() < 1e-3 * want.norm()

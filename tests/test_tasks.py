@@ -419,7 +419,7 @@ def test_the_base_policy_that_is_shipped_can_be_made_again(tmp_path, monkeypatch
 
 def test_text_to_tokens_and_back():
     form = text.Form()
-    rows, pad = text.tokenize(form, [tasks.Example(prompt, "") for prompt in ("abc", "é", "<|endoftext|>")], "cpu")
+    rows, pad = form.tokenize([tasks.Example(prompt, "") for prompt in ("abc", "é", "<|endoftext|>")], "cpu")
     assert pad.tolist() == [10, 11, 0] and rows.shape == (3, 13)
     assert rows[0].tolist() == [256] * 10 + [97, 98, 99] and rows[1, 11:].tolist() == [0xC3, 0xA9]
     assert rows[2].tolist() == list(b"<|endoftext|>"), "the text of a special token is plain text"
@@ -459,7 +459,8 @@ DIFFERENT = [
     ("5/3", "2/3"), ("−3", "3"), ("-$5", "5"), ("2e3", "1e3"), ("5", ".5"), ("2 000", "1 000"), ("12 cm^2", "10 cm^2"),
     ("12:30", "11:30"), (r"\frac{5}{3}", r"\frac{2}{3}"), ("5-10", "4-10"), ("1,5", "2,5"), ("1/2/2024", "3/2/2024"),
     ("3√2", "2"), (r"3\sqrt{2}", "2"), (r"2\pi", "2"), ("5²", "5"), ("3½", "3"), ("3 × 10^8", "2 × 10^8"), ("1/0", "0"),
-    ("9^9^9", "9"), ("1e99999", "1"), ("9" * 5000, "9"), ("v1.2.3", "3"), (r"\frac{x}{2}", "2"), ("no", "5"),
+    ("3 ½", "3"), ("1'000", "0"), ("1’000", "0"), ("1_000", "1"), ("0x1F", "0"), ("9^9^9", "9"), ("1e99999", "1"),
+    ("9" * 5000, "9"), ("v1.2.3", "3"), (r"\frac{x}{2}", "2"), ("no", "5"),
 ]  # fmt: skip
 EQUAL = [
     ("−3", "-3"), ("-$5", "-5"), ("1e3", "1000"), (".5", "0.5"), ("0.5", "1/2"), ("1{,}234", "1234"),
@@ -497,12 +498,7 @@ def test_an_answer_without_a_number_is_refused_with_its_line(tmp_path):
         ('{"prompt": "half a pair \\ud800 is", "answer": "x"}', r".*Unicode text; remove '\\ud800'"),
         ('{"prompt": "what is it?", "answer": "\\udfff"}', r".*Unicode text; remove '\\udfff'"),
         ("[" * 100_000 + "]" * 100_000, "not JSON in UTF-8"),
-        ('{"prompt": "hi", "answer": "x"}', "--budget must be at least 5 for snapkv, got 1 of a prompt's 2 tokens"),
         ('{"prompt": "' + "long " * 500 + '", "answer": "x"}', "a prompt of 2500 tokens with --max-new 128 exceeds"),
-        (
-            '{"prompt": "why is that so?", "answer": "' + "x" * 200 + '"}',
-            "an answer of 201 tokens with its end exceeds",
-        ),
     ],
 )
 def test_an_example_that_no_run_can_use_is_refused_with_its_line(row, message, tmp_path):
