@@ -2,8 +2,8 @@
 
     python -m experiments.tables
 
-A comment before each table names it. Where a page has such a comment, a test compares its table with the file's. A
-figure has the name of its file, in assets/: pays.csv, saves.csv, and each file with accuracies over the steps.
+A comment before each table names it. Where a page has such a comment, a test compares its table with the file's. The
+figures are assets/pays.png and assets/saves.png.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.common import command, group, markdown, mean_and_interval, numbers, read_csv
+from experiments.common import DIAGNOSED, command, group, markdown, mean_and_interval, numbers, read_csv
 from harness.agent import CACHES
 from harness.cli import require
-from harness.report import colour
+from harness.report import COLOURS
 from harness.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parents[1] / "assets"
-FIGURES = ["sparse", "dense", "reward", "kl_sparse_dense", "ess_sequence", "overlap_p05", "bytes", "tokens_per_second"]
+FIGURES = ["sparse", "dense", "reward", "kl_sparse_dense_last", "bytes", "tokens_per_second"]
 # "reward" is a setting, too, but in a file of results it is the mean reward
 SETTINGS = {"cache", "tokens", *(field.name for field in dataclasses.fields(Settings))} - {"seed", *FIGURES}
 
@@ -37,8 +37,7 @@ def tables() -> dict[str, str]:
         rows = read_csv(path)
         varied = [name for name in rows[0] if name in SETTINGS and len(group(rows, [name])) > 1]
         found[path.stem] = markdown(rows, varied, FIGURES)
-        if over_steps(rows):
-            found[f"{path.stem} over the steps"] = markdown(rows, varied, over_steps(rows))
+    found["leads"] = markdown(leads(read_csv(RESULTS / "pays.csv")), ["budget"], [*DIAGNOSED, *LEADS.values()])
     return found
 
 
@@ -52,9 +51,9 @@ def draw_curves(rows: list[dict], picture: Path) -> None:
         for (method,), members in group(rows, ["method"]).items():
             curves = [[float(row[name]) for name in names] for row in members]
             for curve in curves:
-                axis.plot(steps, curve, color=colour(method), linewidth=0.8, alpha=0.5)
+                axis.plot(steps, curve, color=COLOURS.get(method, "black"), linewidth=0.8, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axis.plot(steps, mean, color=colour(method), linewidth=2.5, label=method)
+            axis.plot(steps, mean, color=COLOURS.get(method, "black"), linewidth=2.5, label=method)
         axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 102), xticks=steps)
     axes[0].set_ylabel("held-out accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -62,31 +61,39 @@ def draw_curves(rows: list[dict], picture: Path) -> None:
     print(picture)
 
 
-def lead(rows: list[dict], cache: str) -> list[float]:
-    """Points by which smd is ahead of the best other method that evicts, for each seed that both have.
+LEADS = {cache: f"lead, {cache} cache" for cache in CACHES}
 
-    The best is the one with the highest mean.
+
+def leads(rows: list[dict]) -> list[dict]:
+    """The lead of smd over the best other method that evicts, in points, for each budget and seed.
+
+    The best is the method with the highest mean. A row also has the figures of the mismatch before training.
     """
-    accuracy = {}
-    for (method,), members in group(rows, ["method"]).items():
-        accuracy[method] = {row["seed"]: float(row[cache]) for row in members}
-        one_rate = len(accuracy[method]) == len(members)
-        require(one_rate, f"method {method} has several rows of a seed; keep the rows of one learning rate")
-    ours = accuracy.pop("smd")
-    accuracy.pop("dense", None)
-    best = max(accuracy.values(), key=lambda of_seed: statistics.mean(of_seed.values()))
-    return [ours[seed] - best[seed] for seed in ours if seed in best]
+    found = []
+    for (budget,), members in group(rows, ["budget"]).items():
+        of_method = {method: rows for (method,), rows in group(members, ["method"]).items()}
+        ours = of_method.pop("smd")
+        of_method.pop("dense", None)
+        for row in ours:
+            found.append(dict(budget=budget, seed=row["seed"]) | {name: row[name] for name in DIAGNOSED})
+        for cache, name in LEADS.items():
+            best = max(of_method.values(), key=lambda rows: statistics.mean(numbers(rows, cache)))
+            same_seeds = [row["seed"] for row in best] == [row["seed"] for row in ours]
+            require(same_seeds, f"budget {budget}: smd and method {best[0]['method']} have different seeds")
+            for lead, row, other in zip(found[-len(ours) :], ours, best, strict=True):
+                lead[name] = float(row[cache]) - float(other[cache])
+    return found
 
 
 def draw_leads(rows: list[dict], picture: Path) -> None:
     """The lead of smd with each budget, against the overlap of the sparse and the dense policy before training."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
-    for axis, cache in zip(axes, CACHES, strict=True):
+    for axis, (cache, name) in zip(axes, LEADS.items(), strict=True):
         axis.axhline(0, color="grey", linewidth=0.8)
-        for (budget,), members in group(rows, ["budget"]).items():
-            overlap = statistics.mean(numbers([row for row in members if row["method"] == "smd"], "overlap_p05"))
-            mean, half = mean_and_interval(lead(members, cache))
-            axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=colour("smd"))
+        for (budget,), members in group(leads(rows), ["budget"]).items():
+            overlap = statistics.mean(numbers(members, "overlap_p05"))
+            mean, half = mean_and_interval(numbers(members, name))
+            axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=COLOURS["smd"])
             axis.annotate(budget, (overlap, mean), (6, 4), textcoords="offset points")
         axis.set(title=f"{cache} cache", xlabel="overlap p05 before training; labels: keys kept", xmargin=0.2)
     axes[0].set_ylabel("lead of smd over the best other method, points")
@@ -114,14 +121,8 @@ def draw_memory(rows: list[dict], picture: Path) -> None:
 def main() -> None:
     for name, table in tables().items():
         print(f"<!-- table: {name} -->\n{table}\n")
-    for path in sorted(RESULTS.glob("*.csv")):
-        rows, picture = read_csv(path), ASSETS / f"{path.stem}.png"
-        if path.stem == "pays":
-            draw_leads(rows, picture)
-        elif path.stem == "saves":
-            draw_memory(rows, picture)
-        elif over_steps(rows):
-            draw_curves(rows, picture)
+    draw_leads(read_csv(RESULTS / "pays.csv"), ASSETS / "pays.png")
+    draw_memory(read_csv(RESULTS / "saves.csv"), ASSETS / "saves.png")
 
 
 if __name__ == "__main__":
