@@ -49,11 +49,12 @@ def draw_curves(rows: list[dict], picture: Path) -> None:
         names = [name for name in over_steps(rows) if name.startswith(cache)]
         steps = [int(name.rpartition("_")[2]) for name in names]
         for (method,), members in group(rows, ["method"]).items():
+            colour = COLOURS.get(method, "black")
             curves = [[float(row[name]) for name in names] for row in members]
             for curve in curves:
-                axis.plot(steps, curve, color=COLOURS.get(method, "black"), linewidth=0.8, alpha=0.5)
+                axis.plot(steps, curve, color=colour, linewidth=0.8, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axis.plot(steps, mean, color=COLOURS.get(method, "black"), linewidth=2.5, label=method)
+            axis.plot(steps, mean, color=colour, linewidth=2.5, label=method)
         axis.set(title=f"{cache} cache", xlabel="step", ylim=(0, 102), xticks=steps)
     axes[0].set_ylabel("held-out accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -68,29 +69,37 @@ def leads(rows: list[dict]) -> list[dict]:
     """The lead of smd over the best other method that evicts, in points, for each budget and seed.
 
     The best is the method with the highest mean. A row also has the figures of the mismatch before training.
+    UsageError unless each of the methods has one row for each seed.
     """
     found = []
     for (budget,), members in group(rows, ["budget"]).items():
-        of_method = {method: rows for (method,), rows in group(members, ["method"]).items()}
-        ours = of_method.pop("smd")
-        of_method.pop("dense", None)
-        for row in ours:
-            found.append(dict(budget=budget, seed=row["seed"]) | {name: row[name] for name in DIAGNOSED})
-        for cache, name in LEADS.items():
-            best = max(of_method.values(), key=lambda rows: statistics.mean(numbers(rows, cache)))
-            same_seeds = [row["seed"] for row in best] == [row["seed"] for row in ours]
-            require(same_seeds, f"budget {budget}: smd and method {best[0]['method']} have different seeds")
-            for lead, row, other in zip(found[-len(ours) :], ours, best, strict=True):
-                lead[name] = float(row[cache]) - float(other[cache])
+        of_method = {method: rows for (method,), rows in group(members, ["method"]).items() if method != "dense"}
+        ours = of_method["smd"]
+        seeds = {row["seed"] for row in ours}
+        for method, others in of_method.items():
+            one_each = [row["seed"] for row in others] == [row["seed"] for row in ours] and len(others) == len(seeds)
+            advice = "keep the rows of one learning rate and of the same seeds"
+            require(one_each, f"budget {budget}: method {method} has not one row for each seed of smd; {advice}")
+        del of_method["smd"]
+        best = {}
+        for cache in CACHES:
+            means = {method: statistics.mean(numbers(others, cache)) for method, others in of_method.items()}
+            best[cache] = of_method[max(means, key=means.get)]
+        for n, row in enumerate(ours):
+            lead = dict(budget=budget, seed=row["seed"]) | {name: row[name] for name in DIAGNOSED}
+            for cache, name in LEADS.items():
+                lead[name] = float(row[cache]) - float(best[cache][n][cache])
+            found.append(lead)
     return found
 
 
 def draw_leads(rows: list[dict], picture: Path) -> None:
     """The lead of smd with each budget, against the overlap of the sparse and the dense policy before training."""
+    of_budget = group(leads(rows), ["budget"])
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained", sharey=True)
     for axis, (cache, name) in zip(axes, LEADS.items(), strict=True):
         axis.axhline(0, color="grey", linewidth=0.8)
-        for (budget,), members in group(leads(rows), ["budget"]).items():
+        for (budget,), members in of_budget.items():
             overlap = statistics.mean(numbers(members, "overlap_p05"))
             mean, half = mean_and_interval(numbers(members, name))
             axis.errorbar(overlap, mean, half, fmt="o", capsize=3, color=COLOURS["smd"])

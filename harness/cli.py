@@ -29,6 +29,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
+def with_notes(message: str, error: BaseException | None) -> str:
+    """A message, and the notes that `add_note` has given to the error."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
+
+
 def in_short(error: BaseException) -> str:
     """The type of an error, and the beginning of its message."""
     lines = str(error).splitlines()
@@ -68,8 +73,7 @@ def run_command(main: Callable[[], None], name: str, prints_errors: bool = True)
         return 0  # another exit code could let torchrun kill the other process before it has printed the error
     if message:
         with contextlib.suppress(OSError):
-            said = "; ".join([message, *getattr(error, "__notes__", [])])
-            print(f"{name}: {' '.join(said.splitlines())}", file=sys.stderr, flush=True)
+            print(f"{name}: {' '.join(with_notes(message, error).splitlines())}", file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

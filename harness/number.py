@@ -1,6 +1,6 @@
 """The last number of a text, for --reward number: exact, and None where it cannot be read.
 
-The math-verify package read 22 of 28 pairs of the test as they should be, in 3 ms each, and 9**9**9**9 took 5 s.
+The math-verify package read 22 of 28 pairs of numbers as they should be, in 3 ms each, and 9**9**9**9 took 5 s.
 """
 
 import re

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness import parallel
-from harness.cli import UsageError, in_short, require
+from harness.cli import UsageError, in_short, require, with_notes
 from harness.number import last_number
 from harness.streams import EVALUATION, PROMPTS, numpy_stream
 
@@ -106,8 +106,7 @@ def check_reward(reward: Callable, example: Example) -> None:
     try:
         score(reward, [example], [example.answer])
     except (TypeError, ValueError) as e:
-        said = "; ".join([in_short(e), *getattr(e, "__notes__", [])])
-        wanted = "a function reward(prompt, response, answer) -> float"
+        wanted, said = "a function reward(prompt, response, answer) -> float", with_notes(in_short(e), e)
         raise UsageError(f"the reward must be {wanted}; for a right answer it fails ({said})") from e
 
 

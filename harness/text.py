@@ -66,6 +66,7 @@ class Chat(Form):
             plain = self.encode("a")
             adds_end = tokenizer.encode("a")[-len(plain) :] != plain
             require(not adds_end, "its tokenizer adds tokens at the end of a text")
+        self.before, _, self.after = self.asked("{prompt}").partition("{prompt}")
         self.ends = tuple(dict.fromkeys(token for token in ends if token is not None))
         require(bool(self.ends), "neither its config nor its tokenizer has a token that ends a text")
 
@@ -91,14 +92,13 @@ class Chat(Form):
 
     def tokens(self, example: Example) -> list[int]:
         prompt, text = example.prompt, self.asked(example.prompt)
-        before, _, after = self.asked("{prompt}").partition("{prompt}")
-        begin, end = self.with_special(before, begins=True), self.with_special(after + example.begun)
+        begin, end = self.with_special(self.before, begins=True), self.with_special(self.after + example.begun)
         whole = self.with_special(text + example.begun, begins=True)
         if self.special_in(whole) == self.special_in(begin + end):
             return whole
         # the prompt names a special token, alone or with the text around it: it is encoded by itself, as plain text
         plain = self.encode(prompt)
-        fits = before + prompt + after == text and not self.special_in(plain)
+        fits = self.before + prompt + self.after == text and not self.special_in(plain)
         require(fits, f"{example.where}the special tokens in {prompt[:40]!r} cannot stay plain text here; remove them")
         return begin + plain + end
 

@@ -43,6 +43,9 @@ def smollm2():
 def loss_of(model, rollout: smd.Rollout, reward_B: torch.Tensor) -> torch.Tensor:
     config, runtime = smd.Config(max_new=14), smd.Runtime()
     batch = smd.make_batch(model, rollout, reward_B, config, runtime)
+    with torch.no_grad():  # under the policy that sampled, the terms of the loss cancel, and rounding remains
+        for p in model.parameters():
+            p.mul_(1.2)
     return smd.learner_loss(model, batch, batch.totals(runtime), config, runtime)[0]
 
 
@@ -144,8 +147,7 @@ def test_samples_losses_and_gradients_equal_the_tiny_models_with_the_same_weight
         assert torch.equal(*(getattr(rollout, name) for rollout in rollouts)), name
     reward_B = torch.rand(12, generator=torch.Generator().manual_seed(0))
     losses = [loss_of(model, rollouts[0], reward_B) for model in (ours, theirs)]
-    # means of float32 terms of size 1, which cancel almost to zero
-    assert abs(losses[0] - losses[1]) < 1e-6
+    assert abs(losses[0] - losses[1]) < 1e-5 * abs(losses[0])
     for loss in losses:
         loss.backward()
     their_grad = {short[name]: p.grad for name, p in theirs.named_parameters()}
